@@ -1,0 +1,104 @@
+"""The words the rooms exchange: Sample and CaptionBatch, and the legend of tensor shapes.
+
+Shape letters, used in every tensor comment of the project:
+
+    B samples   R rows of a batch   I images   N vision tokens   D vision width
+    K image tokens for the LM   E LM width   T text length   V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMG_SLOT = "[IMG]"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing to say about the images of a sample.
+
+    Args:
+        text: the caption or answer to train on ("" when only asking).
+        prompt: text before it, possibly with ``[IMG]`` slots; without a slot the images come first.
+        question_id: the id of the question in its file, None for captions.
+        answers: all accepted answers, for scoring.
+    """
+
+    text: str = ""
+    prompt: str = ""
+    question_id: int | None = None
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record of a data set: encoded pictures and all that is said about them.
+
+    Args:
+        key: the record's name in its data set.
+        images: encoded image files (JPEG, PNG...), one per ``[IMG]`` slot.
+        targets: captions and question/answer pairs that share these images.
+    """
+
+    key: str
+    images: tuple[bytes, ...]
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A record that could not be used; it is skipped, counted by reason and reported."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionBatch:
+    """A batch for every text task.
+
+    A row is one sequence for the language model: a shared prefix (segment 0) and one or more
+    segments that see the prefix and themselves only. One segment a row is the ordinary case;
+    several segments a row ("packed") let all captions and questions of an image share its tokens.
+
+    Args:
+        images: (I,3,H,W) uint8, every distinct image of the batch once.
+        image_index: (S,) long; which image fills the s-th slot, slots in row-major order.
+        input_ids: (R,T) long; image slots and padding hold the pad id.
+        image_mask: (R,T) bool; True where an image token goes, K in a row for each slot.
+        attention_mask: (R,T) bool; False on padding.
+        segments: (R,T) long; 0 is the shared prefix, 1.. the segments, -1 padding.
+        labels: (R,T) long; the token itself where it is a target, IGNORE_INDEX elsewhere.
+        keys: the samples' keys, one per row.
+        targets: per row the targets its segments stand for, in order.
+        skipped: records left out of this batch.
+        truncated: how many targets were cut to the text limit.
+    """
+
+    images: Tensor
+    image_index: Tensor
+    input_ids: Tensor
+    image_mask: Tensor
+    attention_mask: Tensor
+    segments: Tensor
+    labels: Tensor
+    keys: tuple[str, ...] = ()
+    targets: tuple[tuple[Target, ...], ...] = ()
+    skipped: tuple[BadSample, ...] = field(default=())
+    truncated: int = 0
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens of this batch are trained on."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: Any, non_blocking: bool = True) -> CaptionBatch:
+        """Return the batch with its tensors on `device`."""
+        names = ("images", "image_index", "input_ids", "image_mask", "attention_mask", "segments", "labels")
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        return replace(self, **moved)

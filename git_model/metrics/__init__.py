@@ -1,0 +1,1 @@
+"""Strings and arrays to numbers; no model, no torch in here."""

@@ -1,0 +1,1 @@
+"""Batches to loss or text."""
