@@ -1,0 +1,248 @@
+"""Every setting of a run, as frozen dataclasses; YAML, flags and checkpoints are read into the same ones.
+
+An unknown key is an error with the nearest name; a value is checked once, here. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from git_model.errors import UserError, one_of
+
+FEATURES = ("pooled", "grid")
+PARTS = ("vision", "mapper", "language")
+# which features each mapper can read, and why not the others
+MAPPER_FEATURES: dict[str, tuple[str, ...]] = {
+    "none": FEATURES,
+    "linear": FEATURES,
+    "linearLn": FEATURES,
+    "mlp": ("pooled",),
+    "grid": ("grid",),
+    "transformer": FEATURES,
+    "mlp2x_gelu": FEATURES,
+}
+PAIR_ADVICE = {
+    "mlp": "mapper 'mlp' makes its tokens from one pooled vector; choose --output_grid False with 'mlp', "
+    "or with grid features one of: grid, linear, linearLn, mlp2x_gelu, transformer",
+    "grid": "mapper 'grid' turns every cell into one token; choose --output_grid True with 'grid', "
+    "or with pooled features one of: mlp, linear, linearLn, mlp2x_gelu, transformer",
+}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise one_of(what, got, allowed)
+
+
+@dataclass(frozen=True)
+class SmallVisionConfig:
+    """The small encoder (``vision.name: small``), random weights."""
+
+    stem: tuple[int, ...] = (32, 64, 128)
+    """channels of the stride-2 convolutions: three of them turn 64 px into an 8 x 8 grid"""
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            self.width % self.heads == 0,
+            f"vision.small.width {self.width} is no multiple of heads {self.heads}",
+        )
+        _check(len(self.stem) >= 1, "vision.small.stem needs at least one convolution")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Which encoder, and which of its features."""
+
+    name: str = "ViT-B/32"
+    """an OpenAI CLIP name, a path to an official .pt, a Hugging Face id or directory, or 'small'"""
+    features: str = "pooled"
+    """'pooled': one vector an image; 'grid': one vector a cell"""
+    layers: tuple[int, ...] = ()
+    """several hidden layers joined along the channel, e.g. [-2] or [3, 6, 9, 12]; [] = the last"""
+    resolution: int | None = None
+    """input side in pixels; null = the encoder's own (else its position embedding is interpolated)"""
+    small: SmallVisionConfig = field(default_factory=SmallVisionConfig)
+
+    def __post_init__(self) -> None:
+        _choice("vision.features", self.features, FEATURES)
+        _check(
+            self.features == "grid" or not self.layers,
+            "vision.layers needs grid features (--output_grid True)",
+        )
+        _check(
+            self.resolution is None or self.resolution >= 16, f"resolution {self.resolution} is below 16 px"
+        )
+
+
+@dataclass(frozen=True)
+class MapperConfig:
+    """How image features become tokens of the language model."""
+
+    type: str = "linearLn"
+    tokens: int = 5
+    """prefix length K of 'mlp' and 'transformer'"""
+    depth: int = 8
+    """layers of 'transformer' (ClipCap: 8)"""
+    heads: int = 8
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.type == "None":  # the original's spelling
+            object.__setattr__(self, "type", "none")
+        _choice("mapper.type (-mpt)", self.type, tuple(MAPPER_FEATURES))
+        _check(self.tokens >= 1, f"mapper.tokens {self.tokens} is below 1")
+
+
+@dataclass(frozen=True)
+class SmallLanguageConfig:
+    """The small decoder (``language.name: small``), random weights, its tokenizer trained on the data."""
+
+    architecture: str = "gpt2"
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    vocab_size: int = 1000
+    positions: int = 512
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _choice("language.small.architecture", self.architecture, ("gpt2", "opt", "llama"))
+        _check(
+            self.width % self.heads == 0,
+            f"language.small.width {self.width} is no multiple of heads {self.heads}",
+        )
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Which causal language model, and how it attends to the image tokens."""
+
+    name: str = "gpt2"
+    """a Hugging Face id or directory, or 'small'"""
+    prefix_attention: str = "causal"
+    """'bidirectional': image tokens see each other (GIT); 'causal': the decoder's own mask"""
+    dtype: str = "float32"
+    """of a frozen decoder's weights: float32, float16, bfloat16 (trained parts are always float32)"""
+    small: SmallLanguageConfig = field(default_factory=SmallLanguageConfig)
+
+    def __post_init__(self) -> None:
+        _choice("language.prefix_attention", self.prefix_attention, ("causal", "bidirectional"))
+        _choice("language.dtype", self.dtype, ("float32", "float16", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes a batch."""
+
+    dir: str = "../data/conceptual"
+    """relative paths of the sources start here"""
+    train: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "train"},)
+    val: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "val"},)
+    resize: str = "crop"
+    """'crop': shorter side, then centre crop (CLIP's); 'squash': nothing lost; 'pad'"""
+    augment: str = "none"
+    targets: int = 1
+    """captions or questions of an image per visit, drawn anew each epoch; 0 = all"""
+    pack: bool = True
+    """several targets of an image share its tokens in one row (each sees the image and itself only)"""
+    max_text_tokens: int = 64
+    """of a target, EOS included; longer ones are cut and counted"""
+    max_prompt_tokens: int = 512
+    workers: int = 4
+    worker_timeout: int = 120
+    """seconds without a batch until a hung worker is an error"""
+    cache: bool = False
+    """keep decoded pictures in memory (small sets)"""
+    max_bad: float = 0.01
+    """stop with exit code 3 when more than this share of the samples is unusable"""
+
+    def __post_init__(self) -> None:
+        _choice("data.resize", self.resize, ("crop", "squash", "pad"))
+        _check(self.targets >= 0, f"data.targets {self.targets} is below 0")
+        _check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")
+        _check(0 <= self.max_bad <= 1, f"data.max_bad {self.max_bad} is no share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    output_dir: str = "checkpoints/run"
+    epochs: int = 5
+    batch_size: int = 32
+    """images a process and micro-batch"""
+    accumulation: int = 1
+    lr: float = 2e-5
+    lr_vision: float | None = None
+    lr_mapper: float | None = None
+    lr_language: float | None = None
+    warmup: int = 5000
+    """steps"""
+    schedule: str = "linear"
+    weight_decay: float = 0.01
+    beta2: float = 0.999
+    clip: float = 1.0
+    """gradient norm; 0 = off"""
+    label_smoothing: float = 0.0
+    freeze: tuple[str, ...] = ("auto",)
+    """'auto': the language model when it is pretrained (as the original); 'nothing'; or parts by name"""
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 0
+    """steps between saves of model_latest.pt; 0 = at each epoch's end"""
+    validate_every: int = 0
+    """steps between validations; 0 = at each epoch's end"""
+    validate_samples: int = 256
+    max_bad_steps: int = 3
+    """non-finite steps in a row until the run stops"""
+    resume: str = "auto"
+    """'auto': go on from output_dir where it holds a run; 'no': start anew"""
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in self.freeze:
+            _choice("train.freeze", name, ("auto", "nothing", *PARTS))
+        _choice("train.schedule", self.schedule, ("linear", "cosine", "constant"))
+        _choice("train.precision", self.precision, ("fp32", "fp16", "bf16"))
+        _choice("train.resume", self.resume, ("auto", "no"))
+        _choice("train.report_to", self.report_to, ("none", "tensorboard", "wandb"))
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "validate_samples",
+            "max_bad_steps",
+        ):
+            _check(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} is below 1")
+        _check(self.lr > 0, f"train.lr {self.lr} is not above 0")
+        _check(self.warmup >= 0, f"train.warmup {self.warmup} is below 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: three parts of a model, its data, its training."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    mapper: MapperConfig = field(default_factory=MapperConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.vision.features not in MAPPER_FEATURES[self.mapper.type]:
+            raise UserError(f"{PAIR_ADVICE[self.mapper.type]} (got {self.vision.features} features)")

@@ -1,0 +1,176 @@
+"""The command line of train.py: documented flags, each a name for one key of the config."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from typing import Any, NoReturn
+
+from git_model.config import Config
+from git_model.errors import UserError, nearest
+from git_model.schema import from_dict, read_yaml
+
+# flag names -> (key of the config, what it is). The first long name is shown in --help first.
+FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("-iet", "--image_encoder_type"): (
+        "vision.name",
+        "RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a path to an "
+        "official .pt, a Hugging Face vision model (id or directory), or 'small'",
+    ),
+    ("-lm", "--language_model"): ("language.name", "a Hugging Face causal LM (id or directory), or 'small'"),
+    ("-mpt", "--mapping_type"): (
+        "mapper.type",
+        "linear, linearLn, mlp (pooled only), grid (grid only), transformer, mlp2x_gelu, None",
+    ),
+    ("--output_grid", "--output_gird"): (
+        "vision.features",
+        "True: one token a cell; False: the pooled vector",
+    ),
+    ("--layers",): ("vision.layers", "hidden layers of the encoder to join, e.g. -2 or 3,6,9,12"),
+    ("--input_resolution",): ("vision.resolution", "pixels; default: the encoder's own"),
+    ("--prefix_length",): ("mapper.tokens", "image tokens made by mlp and transformer"),
+    ("--prefix_attention",): ("language.prefix_attention", "bidirectional (GIT) or causal"),
+    ("--lm_dtype",): ("language.dtype", "of a frozen decoder: float32, float16, bfloat16"),
+    ("--data_dir",): (
+        "data.dir",
+        "folder with Train_GCC-training.tsv, train/, ... or of the recipe's sources",
+    ),
+    ("--augment",): ("data.augment", "none, flip, dihedral, crop, crop+flip, crop+dihedral"),
+    ("--targets",): ("data.targets", "captions or questions of an image per visit; 0 = all"),
+    ("--max_text_tokens",): ("data.max_text_tokens", "longest target, EOS included"),
+    ("--workers",): ("data.workers", "processes that read pictures; 0 = none"),
+    ("--max_bad",): ("data.max_bad", "share of unusable samples that stops the run (exit code 3)"),
+    ("--output_dir",): ("train.output_dir", "checkpoints, logs and the loss curve go here"),
+    ("--epochs",): ("train.epochs", "passes over the data"),
+    ("--bs", "--batch_size"): ("train.batch_size", "images per process and micro-batch"),
+    ("--accumulation",): ("train.accumulation", "micro-batches per step"),
+    ("--lr",): ("train.lr", "peak learning rate"),
+    ("--lr_vision",): ("train.lr_vision", "of the encoder, when it differs"),
+    ("--lr_mapper",): ("train.lr_mapper", "of the mapper, when it differs"),
+    ("--lr_language",): ("train.lr_language", "of the language model, when it differs"),
+    ("-ws", "--warmup_steps"): ("train.warmup", "steps of linear warm-up"),
+    ("--schedule",): ("train.schedule", "linear, cosine or constant after the warm-up"),
+    ("--weight_decay",): ("train.weight_decay", "of matrices only"),
+    ("--clip",): ("train.clip", "gradient norm; 0 = off"),
+    ("--label_smoothing",): ("train.label_smoothing", "GIT uses 0.1"),
+    ("--freeze",): ("train.freeze", "auto, nothing, or parts: vision,mapper,language"),
+    ("--precision",): ("train.precision", "fp32, fp16 (V100) or bf16 (A100 and newer)"),
+    ("--gradient_checkpointing",): ("train.gradient_checkpointing", "less memory, more time"),
+    ("--compile",): ("train.compile", "torch.compile the model"),
+    ("--seed",): ("train.seed", "of weights, order and augmentation"),
+    ("--log_every",): ("train.log_every", "steps between lines of metrics.jsonl"),
+    ("--save_every",): ("train.save_every", "steps between saves; 0 = each epoch"),
+    ("--validate_every",): ("train.validate_every", "steps between validations; 0 = each epoch"),
+    ("--validate_samples",): ("train.validate_samples", "samples of a validation during training"),
+    ("--resume",): ("train.resume", "auto or no"),
+    ("--report_to",): ("train.report_to", "none, tensorboard or wandb"),
+    ("--report_to_wandb",): ("train.report_to", "the original's flag for --report_to wandb"),
+}
+# flags that may stand alone, and what they then mean
+BARE = {
+    "--output_grid": "True",
+    "--gradient_checkpointing": "True",
+    "--compile": "True",
+    "--report_to_wandb": "True",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError, in one line, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting with a usage page."""
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of train.py."""
+    parser = Parser(
+        prog="train.py",
+        description="Train a vision encoder, a mapper and a language model to caption and answer.",
+        epilog="Start on several GPUs with: torchrun --nproc_per_node=4 train.py ... "
+        "Every key of a recipe can be set: --set language.small.width=256",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE.yml", help="a recipe; the other flags override it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    for names, (key, text) in FLAGS.items():
+        bare = BARE.get(next((n for n in names if n in BARE), ""))
+        parser.add_argument(
+            *names,
+            dest=names[-1] if names[-1] == "--report_to_wandb" else key,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=f"{text} [{default_of(key)}]".replace("%", "%%"),
+            **({"nargs": "?", "const": bare} if bare else {}),
+        )
+    return parser
+
+
+def default_of(key: str) -> Any:
+    """Return the default value of a dotted key."""
+    value: Any = Config()
+    for name in key.split("."):
+        value = getattr(value, name)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def read_flags(argv: list[str]) -> tuple[Config, bool]:
+    """Read the command line into a Config.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        the config and whether --debug was given.
+
+    Raises:
+        UserError: unknown flag (with the nearest name), bad value, bad recipe.
+    """
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [n for names in FLAGS for n in names] + ["--config", "--set", "--debug", "--help"]
+        raise UserError(
+            f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; see train.py --help"
+        )
+    values: dict[str, Any] = read_yaml(known.config) if known.config else {}
+    for key, value in vars(known).items():
+        if key == "--report_to_wandb":
+            key, value = "train.report_to", "wandb" if _truth(value) else "none"
+        elif key == "vision.features":
+            value = "grid" if _truth(value, "--output_grid") else "pooled"
+        if "." in key:
+            _put(values, key, value)
+    for assignment in known.set:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set wants KEY=VALUE, got '{assignment}'")
+        _put(values, key, value)
+    return from_dict(Config, values), known.debug
+
+
+def _truth(text: str, flag: str = "--report_to_wandb") -> bool:
+    truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in truths:
+        raise UserError(f"{flag} must be True or False, got '{text}'")
+    return truths[text.lower()]
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{key}': '{name}' holds no keys")
+        values = inner
+    values[last] = value
+
+
+def read_command(argv: list[str] | None = None) -> tuple[Config, bool]:
+    """Read `argv` (default: this process's) into a Config; see `read_flags`."""
+    return read_flags(typing.cast(list[str], sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,139 @@
+"""Plain values (YAML, flags, checkpoints) into annotated dataclasses and back, with errors that teach."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from git_model.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """Read a nested mapping into the dataclass `cls`.
+
+    Args:
+        cls: a frozen dataclass of this module.
+        values: nested mapping; missing keys take their defaults.
+        where: dotted path for messages.
+
+    Raises:
+        UserError: unknown key (with the nearest name), wrong type, value outside its list.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'the config'} must be a mapping, got {_show(values)}")
+    hints = typing.get_type_hints(cls)
+    read = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise UserError(f"unknown key '{path}'{nearest(str(key), hints)}; one of: {', '.join(hints)}")
+        read[key] = convert(value, hints[key], path)
+    return cls(**read)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Turn a YAML value or a flag's text into the annotated type, or say what was wanted.
+
+    Raises:
+        UserError: names the key, the value and the wanted type.
+    """
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
+            return None
+        return convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise UserError(f"{where} must be a list, got {_show(value)}")
+        return tuple(
+            convert(v.strip() if isinstance(v, str) else v, args[0], where) for v in items if v != ""
+        )
+    if origin is not None:  # Mapping[str, Any]: a source; its keys are checked by the source itself
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping such as {{type: tsv, ...}}, got {_show(value)}")
+        return dict(value)
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: type, where: str) -> Any:
+    text = value.strip() if isinstance(value, str) else value
+    if hint is bool:
+        known = {
+            True: True,
+            False: False,
+            "true": True,
+            "false": False,
+            "yes": True,
+            "no": False,
+            "1": True,
+            "0": False,
+        }
+        found = known.get(text.lower() if isinstance(text, str) else text if isinstance(text, bool) else None)
+        if found is None:
+            raise UserError(f"{where} must be True or False, got {_show(value)}")
+        return found
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        return (
+            {True: "yes", False: "no"}.get(value, str(value))
+            if isinstance(value, int | float)
+            else _refuse(value, where, "a text")
+        )
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return _refuse(value, where, "a number")
+    try:
+        number = hint(text)
+    except ValueError:
+        return _refuse(value, where, "a whole number" if hint is int else "a number")
+    if number != number or number in (float("inf"), float("-inf")) or (hint is int and float(text) != number):
+        return _refuse(value, where, "a whole number" if hint is int else "a finite number")
+    return number
+
+
+def _refuse(value: Any, where: str, wanted: str) -> typing.NoReturn:
+    raise UserError(f"{where} must be {wanted}, got {_show(value)}")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain nested dicts, lists and scalars: what YAML and checkpoints hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a recipe file.
+
+    Raises:
+        UserError: missing file, bad YAML, or no mapping in it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold a mapping with: vision, mapper, language, data, train")
+    return values
