@@ -8,7 +8,7 @@ Shape letters, used in every tensor comment of the project:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ class CaptionBatch:
         image_mask: (R,T) bool; True where an image token goes, K in a row for each slot.
         attention_mask: (R,T) bool; False on padding.
         segments: (R,T) long; 0 is the shared prefix, 1.. the segments, -1 padding.
+        positions: (R,T) long; every segment counts on from the prefix's end.
         labels: (R,T) long; the token itself where it is a target, IGNORE_INDEX elsewhere.
+        sources: (R,T) long; index in the row of the token that predicts this one (the one before it, or
+            the prefix's last for a segment's first).
         keys: the samples' keys, one per row.
         targets: per row the targets its segments stand for, in order.
         skipped: records left out of this batch.
@@ -86,7 +89,9 @@ class CaptionBatch:
     image_mask: Tensor
     attention_mask: Tensor
     segments: Tensor
+    positions: Tensor
     labels: Tensor
+    sources: Tensor
     keys: tuple[str, ...] = ()
     targets: tuple[tuple[Target, ...], ...] = ()
     skipped: tuple[BadSample, ...] = field(default=())
@@ -99,6 +104,8 @@ class CaptionBatch:
 
     def to(self, device: Any, non_blocking: bool = True) -> CaptionBatch:
         """Return the batch with its tensors on `device`."""
-        names = ("images", "image_index", "input_ids", "image_mask", "attention_mask", "segments", "labels")
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        import torch
+
+        tensors = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in tensors}
         return replace(self, **moved)

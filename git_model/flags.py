@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from git_model.config import Config
 from git_model.errors import UserError, nearest
-from git_model.schema import from_dict, read_yaml
+from git_model.schema import from_dict, read_bool, read_yaml
 
 # flag names -> (key of the config, what it is). The first long name is shown in --help first.
 FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -100,14 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for names, (key, text) in FLAGS.items():
         bare = BARE.get(next((n for n in names if n in BARE), ""))
-        parser.add_argument(
-            *names,
-            dest=names[-1] if names[-1] == "--report_to_wandb" else key,
-            default=argparse.SUPPRESS,
-            metavar="X",
-            help=f"{text} [{default_of(key)}]".replace("%", "%%"),
-            **({"nargs": "?", "const": bare} if bare else {}),
-        )
+        options: dict[str, Any] = {"nargs": "?", "const": bare} if bare else {}
+        dest = names[-1] if names[-1] == "--report_to_wandb" else key
+        text = f"{text} [{default_of(key)}]".replace("%", "%%")
+        parser.add_argument(*names, dest=dest, default=argparse.SUPPRESS, metavar="X", help=text, **options)
     return parser
 
 
@@ -141,9 +137,9 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
     values: dict[str, Any] = read_yaml(known.config) if known.config else {}
     for key, value in vars(known).items():
         if key == "--report_to_wandb":
-            key, value = "train.report_to", "wandb" if _truth(value) else "none"
+            key, value = "train.report_to", "wandb" if read_bool(value, "--report_to_wandb") else "none"
         elif key == "vision.features":
-            value = "grid" if _truth(value, "--output_grid") else "pooled"
+            value = "grid" if read_bool(value, "--output_grid") else "pooled"
         if "." in key:
             _put(values, key, value)
     for assignment in known.set:
@@ -152,13 +148,6 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
             raise UserError(f"--set wants KEY=VALUE, got '{assignment}'")
         _put(values, key, value)
     return from_dict(Config, values), known.debug
-
-
-def _truth(text: str, flag: str = "--report_to_wandb") -> bool:
-    truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in truths:
-        raise UserError(f"{flag} must be True or False, got '{text}'")
-    return truths[text.lower()]
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

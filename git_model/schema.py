@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -65,39 +66,35 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _scalar(value: Any, hint: type, where: str) -> Any:
-    text = value.strip() if isinstance(value, str) else value
     if hint is bool:
-        known = {
-            True: True,
-            False: False,
-            "true": True,
-            "false": False,
-            "yes": True,
-            "no": False,
-            "1": True,
-            "0": False,
-        }
-        found = known.get(text.lower() if isinstance(text, str) else text if isinstance(text, bool) else None)
-        if found is None:
-            raise UserError(f"{where} must be True or False, got {_show(value)}")
-        return found
+        return value if isinstance(value, bool) else read_bool(value, where)
     if hint is str:
-        if isinstance(value, str):
-            return value
-        return (
-            {True: "yes", False: "no"}.get(value, str(value))
-            if isinstance(value, int | float)
-            else _refuse(value, where, "a text")
-        )
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            _refuse(value, where, "a text")
+        return str(value)
+    wanted = "a whole number" if hint is int else "a finite number"
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return _refuse(value, where, "a number")
+        _refuse(value, where, wanted)
     try:
-        number = hint(text)
-    except ValueError:
-        return _refuse(value, where, "a whole number" if hint is int else "a number")
-    if number != number or number in (float("inf"), float("-inf")) or (hint is int and float(text) != number):
-        return _refuse(value, where, "a whole number" if hint is int else "a finite number")
+        number = hint(value.strip() if isinstance(value, str) else value)
+    except (ValueError, OverflowError):
+        _refuse(value, where, wanted)
+    if not math.isfinite(number) or float(value) != number:
+        _refuse(value, where, wanted)
     return number
+
+
+def read_bool(value: Any, where: str) -> bool:
+    """Read True/False in the spellings people type (true, yes, 1...).
+
+    Raises:
+        UserError: names the key and the value.
+    """
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    text = str(value).strip().lower()
+    if text not in known:
+        _refuse(value, where, "True or False")
+    return known[text]
 
 
 def _refuse(value: Any, where: str, wanted: str) -> typing.NoReturn:

@@ -1,0 +1,180 @@
+"""[Loaded sample] -> CaptionBatch: image slots, EOS, labels by length, packing, padding side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from git_model.batch import IGNORE_INDEX, IMG_SLOT, BadSample, CaptionBatch, Target
+from git_model.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from git_model.tokens import TextCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A sample whose pictures are decoded.
+
+    Args:
+        key: the record's name.
+        images: uint8 (3,H,W), one per slot.
+        targets: what is said of them.
+    """
+
+    key: str
+    images: tuple[Tensor, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence under construction; every list has the row's length."""
+
+    ids: list[int] = field(default_factory=list)
+    image: list[bool] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # which of the sample's images fills each slot
+    key: str = ""
+    targets: list[Target] = field(default_factory=list)
+    prefix: int = 0  # length of segment 0
+
+    def add(self, ids: Sequence[int], segment: int, image: bool = False, target: bool = False) -> None:
+        """Append tokens of one kind."""
+        for token in ids:
+            here = len(self.ids)
+            same = bool(self.segments) and self.segments[-1] == segment
+            before = here - 1 if same else self.prefix - 1  # the token that predicts this one
+            self.positions.append(self.positions[before] + 1 if before >= 0 else 0)
+            self.sources.append(max(before, 0))
+            self.ids.append(token)
+            self.image.append(image)
+            self.segments.append(segment)
+            self.labels.append(token if target else IGNORE_INDEX)
+            if segment == 0:
+                self.prefix = here + 1
+
+
+class Collator:
+    """Builds batches; called in the loader's workers, so it holds no model, only numbers and the codec.
+
+    Args:
+        codec: the tokenizer's rules.
+        num_image_tokens: K, tokens an image takes.
+        pack: several targets of an image in one row (training only).
+        generate: left padding and no targets: only left padding makes batch == single.
+    """
+
+    def __init__(
+        self, codec: TextCodec, num_image_tokens: int, *, pack: bool = False, generate: bool = False
+    ) -> None:
+        self.codec = codec
+        self.num_image_tokens = num_image_tokens
+        self.pack = pack and not generate
+        self.generate = generate
+
+    def __call__(self, items: Sequence[Loaded | BadSample]) -> CaptionBatch:
+        """Return the batch of the good items; the bad ones are listed in `skipped`."""
+        rows: list[Row] = []
+        images: list[Tensor] = []
+        slots: list[int] = []
+        skipped: list[BadSample] = [item for item in items if isinstance(item, BadSample)]
+        truncated = 0
+        for item in items:
+            if isinstance(item, BadSample):
+                continue
+            try:
+                built, cut = self._rows(item)
+            except UserError as error:
+                skipped.append(BadSample(item.key, f"prompt: {error}"))
+                continue
+            truncated += cut
+            slots.extend(len(images) + s for row in built for s in row.slots)
+            images.extend(item.images)
+            rows.extend(built)
+        return self._pad(rows, images, slots, tuple(skipped), truncated)
+
+    def _rows(self, item: Loaded) -> tuple[list[Row], int]:
+        free = [t for t in item.targets if IMG_SLOT not in t.prompt]
+        together = [free] if self.pack and free else [[t] for t in free]
+        slotted = [[t] for t in item.targets if IMG_SLOT in t.prompt]
+        built = [self._row(item, targets) for targets in (*together, *slotted)]
+        return [row for row, _ in built], sum(cut for _, cut in built)
+
+    def _row(self, item: Loaded, targets: list[Target]) -> tuple[Row, int]:
+        """Return the row of one or more targets, and how many were cut."""
+        row, cut = Row(key=item.key, targets=targets), 0
+        row.add(self.codec.bos_ids, 0)
+        if IMG_SLOT in targets[0].prompt:
+            prompts = self._slotted_prefix(row, item, targets[0].prompt)
+        else:
+            for number in range(len(item.images)):
+                self._image(row, number)
+            prompts = [self.codec.prompt(t.prompt) for t in targets]
+        for segment, (target, prompt) in enumerate(zip(targets, prompts, strict=True), start=1):
+            row.add(prompt, segment)
+            if not self.generate:
+                ids, was_cut = self.codec.target(target.text, after_prompt=bool(target.prompt))
+                row.add(ids, segment, target=True)
+                cut += was_cut
+        return row, cut
+
+    def _slotted_prefix(self, row: Row, item: Loaded, prompt: str) -> list[list[int]]:
+        """Lay out text and images in the prompt's own order; return the text after the last slot."""
+        *before, last = prompt.split(IMG_SLOT)
+        if len(before) != len(item.images):
+            raise UserError(f"{len(before)} {IMG_SLOT} slots for {len(item.images)} images")
+        for number, text in enumerate(before):
+            row.add(self.codec.prompt(text.strip()), 0)
+            self._image(row, number)
+        return [self.codec.prompt(last.strip())]
+
+    def _image(self, row: Row, number: int) -> None:
+        row.add([self.codec.pad_id] * self.num_image_tokens, 0, image=True)
+        row.slots.append(number)
+
+    def _pad(
+        self,
+        rows: list[Row],
+        images: list[Tensor],
+        slots: list[int],
+        skipped: tuple[BadSample, ...],
+        truncated: int,
+    ) -> CaptionBatch:
+        import torch
+
+        width = max((len(row.ids) for row in rows), default=0)
+
+        def padded(lists: list[list[int]], fill: int) -> Tensor:
+            out = torch.full((len(lists), width), fill, dtype=torch.long)  # (R,T)
+            for r, values in enumerate(lists):
+                start = width - len(values) if self.generate else 0
+                out[r, start : start + len(values)] = torch.tensor(values, dtype=torch.long)
+            return out
+
+        shift = [width - len(row.ids) if self.generate else 0 for row in rows]
+        return CaptionBatch(
+            images=torch.stack(images)
+            if images
+            else torch.zeros((0, 3, 1, 1), dtype=torch.uint8),  # (I,3,H,W)
+            image_index=torch.tensor(slots, dtype=torch.long),  # (S,)
+            input_ids=padded([row.ids for row in rows], self.codec.pad_id),  # (R,T)
+            image_mask=padded([[int(v) for v in row.image] for row in rows], 0).bool(),  # (R,T)
+            attention_mask=padded([[1] * len(row.ids) for row in rows], 0).bool(),  # (R,T)
+            segments=padded([row.segments for row in rows], -1),  # (R,T)
+            positions=padded([row.positions for row in rows], 0),  # (R,T)
+            labels=padded([row.labels for row in rows], IGNORE_INDEX),  # (R,T)
+            sources=padded(
+                [[s + k for s in row.sources] for row, k in zip(rows, shift, strict=True)], 0
+            ),  # (R,T)
+            keys=tuple(row.key for row in rows),
+            targets=tuple(tuple(row.targets) for row in rows),
+            skipped=skipped,
+            truncated=truncated,
+        )

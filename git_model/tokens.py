@@ -1,0 +1,128 @@
+"""Text <-> ids, in one place: EOS, pad, BOS, truncation, and the tokenizer that is trained on the data at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from git_model.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class TextCodec:
+    """The tokenizer rules of the project, for any Hugging Face tokenizer.
+
+    A target is its ids plus exactly one EOS; truncation keeps the EOS. Padding reuses an id inside the
+    embedding table (the pad token where there is one, else EOS): it is masked by length, never by id,
+    so it is never trained on even where pad and EOS are the same. Special tokens written in a text are
+    encoded as text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        vocab_size: rows of the language model's embedding table.
+        max_target: longest target in tokens, EOS included.
+        max_prompt: longest prompt in tokens.
+
+    Raises:
+        UserError: the tokenizer has no EOS, or one outside the embedding table.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_target: int = 64, max_prompt: int = 512) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_target = max_target
+        self.max_prompt = max_prompt
+        eos = tokenizer.eos_token_id
+        if eos is None or not 0 <= eos < vocab_size:
+            raise UserError(
+                f"the tokenizer's EOS id is {eos}, outside the embedding table of {vocab_size} rows"
+            )
+        self.eos_id: int = eos
+        pad = tokenizer.pad_token_id
+        # a [PAD] added to LLaMA has id == vocab_size: an index error; EOS serves, padding is masked by length
+        self.pad_id: int = pad if pad is not None and 0 <= pad < vocab_size else eos
+        default = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        # LLaMA and OPT were trained with a first token; the tokenizer adds it by itself, GPT-2's does not
+        self.bos_ids: list[int] = [bos] if bos is not None and default and default[0] == bos else []
+        # sentencepiece marks a word's start by itself, byte-level BPE wants the space in the text
+        self._joint = "" if tokenizer.tokenize("a")[0].startswith("\u2581") else " "
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt, without special tokens.
+
+        Raises:
+            UserError: longer than `max_prompt` tokens.
+        """
+        ids = self._ids(text) if text else []
+        if len(ids) > self.max_prompt:
+            raise UserError(f"the prompt has {len(ids)} tokens, more than {self.max_prompt}")
+        return ids
+
+    def target(self, text: str, after_prompt: bool = False) -> tuple[list[int], bool]:
+        """Return the ids of a target with its one EOS, and whether it was cut to `max_target`."""
+        ids = self._ids(self._joint + text if after_prompt else text)
+        cut = len(ids) > self.max_target - 1
+        return [*ids[: self.max_target - 1], self.eos_id], cut
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, up to the first EOS."""
+        kept: list[int] = []
+        for token in ids:
+            if token == self.eos_id:
+                break
+            kept.append(int(token))
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the texts at hand: nothing it cannot spell, frequent words one token.
+
+    Args:
+        texts: captions, questions, answers.
+        vocab_size: the largest vocabulary; fewer when the texts hold fewer pairs.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size, 257),  # 256 bytes and the end of text
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # each word also as it stands after a space, so a caption's first word shares its pieces with the others
+    bpe.train_from_iterator((form for text in texts for form in (text, " " + text)), trainer)
+    return tokenizer_from_json(bpe.to_str())
+
+
+def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer a checkpoint carries as `tokenizers` JSON."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token=END_OF_TEXT)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a Hugging Face id or directory.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the tokenizer of language model '{name}': {reason}") from error
