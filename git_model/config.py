@@ -80,9 +80,7 @@ class VisionConfig:
             self.features == "grid" or not self.layers,
             "vision.layers needs grid features (--output_grid True)",
         )
-        _check(
-            self.resolution is None or self.resolution >= 16, f"resolution {self.resolution} is below 16 px"
-        )
+        _check(self.resolution is None or self.resolution >= 16, f"resolution {self.resolution} is below 16 px")
 
 
 @dataclass(frozen=True)

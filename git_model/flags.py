@@ -94,9 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.yml", help="a recipe; the other flags override it")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for names, (key, text) in FLAGS.items():
         bare = BARE.get(next((n for n in names if n in BARE), ""))
@@ -131,9 +129,7 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [n for names in FLAGS for n in names] + ["--config", "--set", "--debug", "--help"]
-        raise UserError(
-            f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; see train.py --help"
-        )
+        raise UserError(f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; see train.py --help")
     values: dict[str, Any] = read_yaml(known.config) if known.config else {}
     for key, value in vars(known).items():
         if key == "--report_to_wandb":

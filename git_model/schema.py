@@ -55,9 +55,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise UserError(f"{where} must be a list, got {_show(value)}")
-        return tuple(
-            convert(v.strip() if isinstance(v, str) else v, args[0], where) for v in items if v != ""
-        )
+        return tuple(convert(v.strip() if isinstance(v, str) else v, args[0], where) for v in items if v != "")
     if origin is not None:  # Mapping[str, Any]: a source; its keys are checked by the source itself
         if not isinstance(value, Mapping):
             raise UserError(f"{where} must be a mapping such as {{type: tsv, ...}}, got {_show(value)}")

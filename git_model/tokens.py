@@ -38,9 +38,7 @@ class TextCodec:
         self.max_prompt = max_prompt
         eos = tokenizer.eos_token_id
         if eos is None or not 0 <= eos < vocab_size:
-            raise UserError(
-                f"the tokenizer's EOS id is {eos}, outside the embedding table of {vocab_size} rows"
-            )
+            raise UserError(f"the tokenizer's EOS id is {eos}, outside the embedding table of {vocab_size} rows")
         self.eos_id: int = eos
         pad = tokenizer.pad_token_id
         # a [PAD] added to LLaMA has id == vocab_size: an index error; EOS serves, padding is masked by length

@@ -1,0 +1,77 @@
+"""GitModel = VisionEncoder + Mapper + LanguageModel. `forward` is the diagram."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from git_model.batch import CaptionBatch
+from git_model.models.language import Decoding, LanguageModel
+from git_model.tokens import TextCodec
+
+if TYPE_CHECKING:
+    from git_model.models.vision import VisionEncoder
+
+
+class GitModel(nn.Module):
+    """Pictures and a prompt in, a loss or text out.
+
+    Args:
+        vision: (I,3,H,W) -> (I,N,D).
+        mapper: (I,N,D) -> (I,K,E).
+        language: the decoder.
+        codec: the tokenizer's rules.
+    """
+
+    def __init__(self, vision: VisionEncoder, mapper: Any, language: LanguageModel, codec: TextCodec) -> None:
+        super().__init__()
+        self.vision = vision
+        self.mapper = mapper
+        self.language = language
+        self.codec = codec
+        self.frozen: tuple[str, ...] = ()
+
+    @property
+    def num_image_tokens(self) -> int:
+        """K, tokens of the language model an image takes."""
+        return int(self.mapper.num_tokens)
+
+    def freeze(self, parts: tuple[str, ...]) -> None:
+        """Stop training the named parts: no gradient, evaluation mode (dropout off, batch-norm statistics kept)."""
+        self.frozen = parts
+        for part in parts:
+            getattr(self, part).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> GitModel:
+        """Switch to training mode, frozen parts excepted."""
+        super().train(mode)
+        for part in self.frozen:
+            getattr(self, part).eval()
+        return self
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return image tokens: (I,3,H,W) uint8 -> (I,K,E)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            features = self.vision(self.vision.normalise(images))  # (I,N,D)
+        return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
+
+    def forward(self, batch: CaptionBatch) -> Tensor:
+        """Return the mean loss over the batch's target tokens (0 with every parameter in the graph when it is empty)."""
+        if len(batch.input_ids) == 0:
+            return sum((p.sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
+        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        return self.language.loss(embeds, batch)
+
+    @torch.inference_mode()
+    def generate(self, batch: CaptionBatch, decoding: Decoding | None = None) -> list[str]:
+        """Return one text per row of a left-padded batch (`Collator(generate=True)`)."""
+        if len(batch.input_ids) == 0:
+            return []
+        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        ids = self.language.generate(
+            embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
+        )  # (R,new)
+        return [self.codec.decode(row) for row in ids.tolist()]

@@ -1,0 +1,219 @@
+"""LanguageModel: any Hugging Face causal LM that reads image tokens in its prompt; loss and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from git_model.batch import IGNORE_INDEX, CaptionBatch
+from git_model.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated.
+
+    Args:
+        beams: 1 = greedy (or sampling).
+        max_new_tokens: longest answer in tokens, image and prompt not counted.
+        min_new_tokens: EOS is forbidden before.
+        length_penalty: exponent on the length of a beam's score; above 0 favours longer ones (Hugging Face's sense).
+        sample: draw instead of taking the likeliest; needs `seed` for repeatability.
+        temperature: of sampling.
+        top_p: of sampling; 1 = off.
+        seed: of sampling.
+    """
+
+    beams: int = 1
+    max_new_tokens: int = 40
+    min_new_tokens: int = 0
+    length_penalty: float = 1.0
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"decoding needs beams >= 1 and 0 <= min_new_tokens <= max_new_tokens >= 1, got beams {self.beams}, "
+                f"min {self.min_new_tokens}, max {self.max_new_tokens}"
+            )
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"sampling needs temperature > 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_p}")
+
+
+class LanguageModel(nn.Module):
+    """A causal LM behind three verbs: embed, loss, generate.
+
+    Args:
+        model: a Hugging Face `...ForCausalLM`.
+        name: its id, directory or 'small'.
+        prefix_attention: 'bidirectional' lets image tokens see each other (GIT's mask), 'causal' leaves the
+            decoder's own mask.
+        label_smoothing: of the loss.
+    """
+
+    def __init__(self, model: Any, name: str, prefix_attention: str = "causal", label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.bidirectional = prefix_attention == "bidirectional"
+        self.label_smoothing = label_smoothing
+        config = model.config
+        self.dim: int = model.get_input_embeddings().embedding_dim  # E
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        learned = config.model_type in ("gpt2", "opt", "gpt_neo", "gpt_bigcode")  # the others rotate: no table
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if learned else None
+
+    def embed(self, batch: CaptionBatch, image_tokens: Tensor) -> Tensor:
+        """Return the input embeddings with the image tokens in their slots.
+
+        Args:
+            batch: ids and masks (R,T).
+            image_tokens: (I,K,E), one block an image; a block fills every slot that names its image.
+        """
+        table = self.model.get_input_embeddings()
+        embeds = table(batch.input_ids)  # (R,T,E)
+        filled = image_tokens[batch.image_index].flatten(0, 1).to(embeds.dtype)  # (S*K,E)
+        return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), filled)  # (R,T,E)
+
+    def hidden(self, embeds: Tensor, batch: CaptionBatch) -> Tensor:
+        """Run the decoder's body: (R,T,E) -> last hidden states (R,T,E)."""
+        if self.max_positions is not None and embeds.shape[1] > 0:
+            longest = int(batch.positions.max()) + 1
+            if longest > self.max_positions:
+                raise UserError(
+                    f"a row of {longest} tokens is longer than '{self.name}' can hold ({self.max_positions})"
+                )
+        body = self.model.base_model
+        out = body(
+            inputs_embeds=embeds,
+            attention_mask=self._mask(batch, embeds.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        return out.last_hidden_state  # (R,T,E)
+
+    def loss(self, embeds: Tensor, batch: CaptionBatch) -> Tensor:
+        """Return the mean negative log-likelihood of the targets; logits exist only where a label is."""
+        hidden = self.hidden(embeds, batch)  # (R,T,E)
+        rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        picked = hidden[rows, batch.sources[rows, columns]]  # (targets,E)
+        logits = self.project(picked).float()  # (targets,V)
+        return F.cross_entropy(logits, batch.labels[rows, columns], label_smoothing=self.label_smoothing)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the vocabulary logits of hidden states: (...,E) -> (...,V).
+
+        The scalings are those of Hugging Face's own heads: Gemma 2 (soft cap), Cohere (scale), Granite (divisor).
+        """
+        head = self.model.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled() else hidden)
+        config = self.model.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.inference_mode()
+    def generate(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
+        """Continue left-padded rows.
+
+        Args:
+            embeds: (R,T,E) prompts with image tokens.
+            batch: left-padded, without targets.
+            decoding: how.
+            eos_id: ends a row.
+            pad_id: fills a finished row.
+
+        Returns:
+            (R,new) ids of the new tokens only.
+        """
+        from transformers import GenerationConfig
+
+        if self.max_positions is not None and embeds.shape[1] + decoding.max_new_tokens > self.max_positions:
+            raise UserError(
+                f"{embeds.shape[1]} prompt and image tokens and max_new_tokens {decoding.max_new_tokens} are more "
+                f"than '{self.name}' can hold ({self.max_positions})"
+            )
+        settings = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
+            num_beams=decoding.beams,
+            length_penalty=decoding.length_penalty if decoding.beams > 1 else None,
+            do_sample=decoding.sample,
+            temperature=decoding.temperature if decoding.sample else None,
+            top_p=decoding.top_p if decoding.sample else None,
+            top_k=0 if decoding.sample else None,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            bos_token_id=eos_id,
+        )
+        if decoding.sample:
+            torch.manual_seed(decoding.seed)
+        with self._prefill_mask(batch):
+            return self.model.generate(
+                inputs_embeds=embeds, attention_mask=batch.attention_mask.long(), generation_config=settings
+            )  # (R,new)
+
+    def _mask(self, batch: CaptionBatch, dtype: torch.dtype) -> Tensor:
+        """Return the mask for the body: plain (R,T) where the decoder's own rule is right, else additive (R,1,T,T)."""
+        packed = bool((batch.segments > 1).any())
+        if not packed and not self.bidirectional:
+            return batch.attention_mask.long()  # (R,T)
+        return full_mask(batch, self.bidirectional, dtype)
+
+    @contextmanager
+    def _prefill_mask(self, batch: CaptionBatch) -> Iterator[None]:
+        """During generate, give the first forward (the whole prompt) GIT's mask; later steps see everything anyway."""
+        if not self.bidirectional:
+            yield
+            return
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None or embeds.shape[1] != batch.input_ids.shape[1]:
+                return args, kwargs
+            beams = len(embeds) // len(batch.input_ids)  # beam search repeats every row
+            mask = full_mask(batch, True, embeds.dtype).repeat_interleave(beams, 0)  # (R*beams,1,T,T)
+            positions = batch.positions.repeat_interleave(beams, 0)  # (R*beams,T)
+            return args, {**kwargs, "attention_mask": mask, "position_ids": positions}
+
+        handle = self.model.base_model.register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def full_mask(batch: CaptionBatch, bidirectional: bool, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask of a batch: 0 where a token may look, the dtype's minimum elsewhere.
+
+    A token sees its own segment and the prefix, never later ones; with `bidirectional` image tokens also see later
+    image tokens.
+
+    Returns:
+        (R,1,T,T) of `dtype`; a padding row sees itself, so that no softmax is empty.
+    """
+    segments, length = batch.segments, batch.segments.shape[1]
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)  # (R,T,1), (R,1,T)
+    index = torch.arange(length, device=segments.device)
+    backwards = index[None, :] <= index[:, None]  # (T,T)
+    if bidirectional:
+        among_images = batch.image_mask.unsqueeze(2) & batch.image_mask.unsqueeze(1)  # (R,T,T)
+        backwards = backwards | among_images  # (R,T,T)
+    related = (key == 0) | (key == query)  # (R,T,T)
+    allowed = backwards & related & batch.attention_mask.unsqueeze(1)  # (R,T,T)
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=segments.device)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)  # (R,1,T,T)
