@@ -71,9 +71,7 @@ class Collator:
         generate: left padding and no targets: only left padding makes batch == single.
     """
 
-    def __init__(
-        self, codec: TextCodec, num_image_tokens: int, *, pack: bool = False, generate: bool = False
-    ) -> None:
+    def __init__(self, codec: TextCodec, num_image_tokens: int, *, pack: bool = False, generate: bool = False) -> None:
         self.codec = codec
         self.num_image_tokens = num_image_tokens
         self.pack = pack and not generate
@@ -160,9 +158,7 @@ class Collator:
 
         shift = [width - len(row.ids) if self.generate else 0 for row in rows]
         return CaptionBatch(
-            images=torch.stack(images)
-            if images
-            else torch.zeros((0, 3, 1, 1), dtype=torch.uint8),  # (I,3,H,W)
+            images=torch.stack(images) if images else torch.zeros((0, 3, 1, 1), dtype=torch.uint8),  # (I,3,H,W)
             image_index=torch.tensor(slots, dtype=torch.long),  # (S,)
             input_ids=padded([row.ids for row in rows], self.codec.pad_id),  # (R,T)
             image_mask=padded([[int(v) for v in row.image] for row in rows], 0).bool(),  # (R,T)
@@ -170,9 +166,7 @@ class Collator:
             segments=padded([row.segments for row in rows], -1),  # (R,T)
             positions=padded([row.positions for row in rows], 0),  # (R,T)
             labels=padded([row.labels for row in rows], IGNORE_INDEX),  # (R,T)
-            sources=padded(
-                [[s + k for s in row.sources] for row, k in zip(rows, shift, strict=True)], 0
-            ),  # (R,T)
+            sources=padded([[s + k for s in row.sources] for row, k in zip(rows, shift, strict=True)], 0),  # (R,T)
             keys=tuple(row.key for row in rows),
             targets=tuple(tuple(row.targets) for row in rows),
             skipped=skipped,

@@ -90,7 +90,6 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
     }
     if small.architecture == "gpt2":
         return GPT2Config(

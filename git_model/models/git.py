@@ -59,7 +59,7 @@ class GitModel(nn.Module):
         return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
 
     def forward(self, batch: CaptionBatch) -> Tensor:
-        """Return the mean loss over the batch's target tokens (0 with every parameter in the graph when it is empty)."""
+        """Return the mean loss over the batch's target tokens (an empty one: 0, every parameter in the graph)."""
         if len(batch.input_ids) == 0:
             return sum((p.sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
         embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)

@@ -1,0 +1,168 @@
+"""The seeded sampler, whose whole state is (epoch, step), and the loader built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from git_model.batch import BadSample, CaptionBatch
+from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.images import ImageError, Transform, decode_image
+from git_model.datasets.sources import SampleError, Source
+
+Index = tuple[int, int]  # (epoch, record)
+
+
+class ImageTextDataset(Dataset[Loaded | BadSample]):
+    """Records -> decoded samples; what cannot be used comes back as BadSample, never as a substitute.
+
+    The choice of targets and the augmentation are functions of (seed, epoch, record): the same on any number of
+    workers and ranks.
+
+    Args:
+        source: the records.
+        transform: the one image transform.
+        targets: how many captions or questions of an image per visit; 0 = all.
+        seed: of the draws.
+        cache: keep decoded pictures in memory (of each worker).
+        augment: draw augmentations (training).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        targets: int = 0,
+        seed: int = 0,
+        cache: bool = False,
+        augment: bool = False,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.targets = targets
+        self.seed = seed
+        self.augment = augment and transform.augment != "none"
+        self.cache: dict[int, Any] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Index) -> Loaded | BadSample:
+        epoch, record = index
+        try:
+            sample = self.source[record]
+            rng = np.random.default_rng([self.seed, epoch, record])
+            targets = sample.targets
+            if self.targets and len(targets) > self.targets:
+                drawn = np.sort(rng.choice(len(targets), self.targets, replace=False))
+                targets = tuple(targets[i] for i in drawn)
+            pictures = self._decoded(record, sample.images)
+            images = tuple(self.transform(p, rng if self.augment else None) for p in pictures)
+        except SampleError as error:
+            return BadSample(error.key, error.reason)
+        except ImageError as error:
+            return BadSample(sample.key, error.reason)
+        return Loaded(sample.key, images, targets)
+
+    def _decoded(self, record: int, images: Sequence[bytes]) -> list[Any]:
+        if self.cache is None:
+            return [decode_image(data) for data in images]
+        if record not in self.cache:
+            pictures = [decode_image(data) for data in images]
+            if not self.augment:  # the transform is then a constant: keep its small result's picture
+                pictures = [self.transform.picture(p) for p in pictures]
+            self.cache[record] = pictures
+        return self.cache[record]
+
+
+class GlobalSampler(Sampler[list[Index]]):
+    """Yields each micro-batch's records of this rank, from one order that depends on (seed, epoch) alone.
+
+    Step s of an epoch takes the positions [s*G, (s+1)*G) of the epoch's permutation, G = batch_size * world *
+    accumulation; micro-batches and ranks cut that stretch in order. So one big batch, accumulation and several
+    ranks see the same samples at the same step. The last step of an epoch may be short: some of its micro-batches
+    are then empty.
+
+    Args:
+        size: records.
+        batch_size: records a rank and micro-batch.
+        seed: of the order.
+        epochs: how many to yield.
+        rank: of this process.
+        world: number of processes.
+        accumulation: micro-batches a step.
+        start: (epoch, step) to begin at.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epochs: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epochs = epochs
+        self.rank = rank
+        self.world = world
+        self.accumulation = accumulation
+        self.start = start
+        self.steps_per_epoch = -(-size // (batch_size * world * accumulation))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the permutation of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.size)
+
+    def __len__(self) -> int:
+        done = self.start[0] * self.steps_per_epoch + self.start[1]
+        return (self.epochs * self.steps_per_epoch - done) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        """Yield lists of (epoch, record)."""
+        first_epoch, first_step = self.start
+        for epoch in range(first_epoch, self.epochs):
+            order = self.order(epoch)
+            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
+                for micro in range(self.accumulation):
+                    block = (step * self.accumulation + micro) * self.world + self.rank
+                    records = order[block * self.batch_size : (block + 1) * self.batch_size]
+                    yield [(epoch, int(record)) for record in records]
+
+
+def train_loader(
+    dataset: ImageTextDataset, sampler: GlobalSampler, collator: Collator, *, workers: int, timeout: int
+) -> DataLoader[CaptionBatch]:
+    """Return the loader of training batches."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def eval_batches(
+    dataset: ImageTextDataset, collator: Collator, *, batch_size: int, limit: int | None = None
+) -> Iterator[CaptionBatch]:
+    """Yield the records in their own order, at most `limit` of them (spread evenly over the set)."""
+    size = len(dataset)
+    count = size if limit is None else min(limit, size)
+    records = [i * size // count for i in range(count)]
+    for start in range(0, count, batch_size):
+        yield collator([dataset[(0, record)] for record in records[start : start + batch_size]])

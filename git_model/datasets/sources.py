@@ -1,0 +1,305 @@
+"""DATASETS: files of the field -> Sample. A source is a sequence of records with random access.
+
+An entry's keyword arguments are the keys of its mapping in the recipe; a key it does not know is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from git_model.batch import Sample, Target
+from git_model.datasets.records import TarShards, TSVFile, expand_shards
+from git_model.errors import UserError, nearest, one_of
+
+
+class SampleError(ValueError):
+    """A record that cannot become a sample.
+
+    Args:
+        key: the record's name.
+        reason: a short word to count by.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key = key
+        self.reason = reason
+
+
+class Source(Protocol):
+    """What the loader knows of a data set."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return a record, or raise SampleError."""
+        ...
+
+    def texts(self) -> Iterator[str]:
+        """Yield every caption, question and answer, without touching a picture."""
+        ...
+
+
+class ConceptualCaptions:
+    """The original's layout: a TSV of caption and url; row number i is the picture `{i:08d}.jpg`.
+
+    Args:
+        dir: folder of the TSVs and of `train/` and `val/`.
+        split: 'train' or 'val'.
+    """
+
+    FILES: Mapping[str, str] = {
+        "train": "Train_GCC-training.tsv",
+        "val": "Validation_GCC-1.1.0-Validation.tsv",
+    }
+
+    def __init__(self, dir: Path, split: str = "train") -> None:
+        if split not in self.FILES:
+            raise one_of("cc3m split", split, self.FILES)
+        self.images = dir / split
+        self.rows = TSVFile(_file(dir / self.FILES[split], "Conceptual Captions"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = f"{index:08d}.jpg"
+        columns = self.rows[index]
+        if len(columns) < 2 or not columns[0].strip():
+            raise SampleError(name, "bad_row")
+        return Sample(name, (_read(self.images / name),), (Target(columns[0].strip()),))
+
+    def texts(self) -> Iterator[str]:
+        """Yield every caption."""
+        yield from (columns[0].strip() for columns in self.rows)
+
+
+class TSVPair:
+    """GIT's TSVs: an image TSV and, row by row beside it, captions, questions or both.
+
+    Args:
+        dir: where relative names start.
+        images: `key \\t base64` TSV.
+        captions: `key \\t [{"caption"}]` TSV.
+        questions: `key \\t [{"question", "question_id", "answer" or "answers"}]` TSV.
+    """
+
+    def __init__(self, dir: Path, images: str, captions: str | None = None, questions: str | None = None) -> None:
+        self.images = TSVFile(_file(dir / images, "image TSV"))
+        self.captions = TSVFile(_file(dir / captions, "caption TSV")) if captions else None
+        self.questions = TSVFile(_file(dir / questions, "question TSV")) if questions else None
+        for other in filter(None, (self.captions, self.questions)):
+            if len(other) != len(self.images):
+                raise UserError(f"{other.path} has {len(other)} rows, {self.images.path} has {len(self.images)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        columns = self.images[index]
+        key = columns[0]
+        if len(columns) < 2:
+            raise SampleError(key, "bad_row")
+        try:
+            image = base64.b64decode(columns[1], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise SampleError(key, "bad_base64") from error
+        targets: list[Target] = []
+        if self.captions:
+            targets += [Target(str(c["caption"])) for c in self._cell(self.captions, index, key, "caption")]
+        if self.questions:
+            targets += [_question(q) for q in self._cell(self.questions, index, key, "question")]
+        return Sample(key, (image,), tuple(targets))
+
+    def _cell(self, file: TSVFile, index: int, key: str, needed: str) -> list[dict[str, Any]]:
+        columns = file[index]
+        if columns[0] != key:
+            raise UserError(f"row {index} of {file.path} has key '{columns[0]}', the image TSV has '{key}'")
+        try:
+            entries = json.loads(columns[1])
+            if all(needed in entry for entry in entries):
+                return entries
+        except (IndexError, TypeError, ValueError):
+            pass
+        raise SampleError(key, f"bad_{needed}_json")
+
+    def texts(self) -> Iterator[str]:
+        """Yield every caption, question and answer."""
+        for file in filter(None, (self.captions, self.questions)):
+            for columns in file:
+                for entry in json.loads(columns[1]):
+                    target = Target(entry["caption"]) if "caption" in entry else _question(entry)
+                    yield from filter(None, (target.prompt, target.text))
+
+
+class WebDataset:
+    """Tar shards of picture and text: img2dataset's (`.jpg`, `.txt`, `.json`) and others of that shape.
+
+    Args:
+        dir: where relative names start.
+        shards: a path, a glob or a brace range `{00000..00331}`.
+        captions: key in a member's JSON that holds one caption or a list; without it, the `.txt` member or
+            the JSON's `caption`.
+    """
+
+    def __init__(self, dir: Path, shards: str, captions: str | None = None) -> None:
+        self.records = TarShards(expand_shards(str(dir / shards)))
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        image = next((record.members[e] for e in ("jpg", "jpeg", "png", "webp") if e in record.members), None)
+        if image is None:
+            raise SampleError(record.key, "no_image")
+        return Sample(record.key, (image,), tuple(map(Target, self._captions(record.key, record.members))))
+
+    def _captions(self, key: str, members: Mapping[str, bytes]) -> list[str]:
+        try:
+            if self.captions is None and "txt" in members:
+                found = members["txt"].decode("utf-8")
+            else:
+                found = json.loads(members["json"])[self.captions or "caption"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise SampleError(key, "no_caption") from error
+        captions = [str(c).strip() for c in (found if isinstance(found, list) else [found])]
+        if not any(captions):
+            raise SampleError(key, "no_caption")
+        return [c for c in captions if c]
+
+    def texts(self) -> Iterator[str]:
+        """Yield every caption."""
+        for index in range(len(self)):
+            try:
+                record = self.records[index]
+                yield from self._captions(record.key, record.members)
+            except SampleError:
+                continue  # counted when the record is drawn
+
+
+class EasyVqa:
+    """easy-VQA: `{split}/questions.json` of [question, answer, image id] and `{split}/images/{id}.png`.
+
+    Args:
+        dir: folder of `train/` and `test/`.
+        split: 'train' or 'test'.
+    """
+
+    def __init__(self, dir: Path, split: str = "train") -> None:
+        if split not in ("train", "test"):
+            raise one_of("easy_vqa split", split, ("train", "test"))
+        self.images = dir / split / "images"
+        rows = json.loads(_file(dir / split / "questions.json", "easy-VQA").read_text(encoding="utf-8"))
+        self.targets: dict[int, list[Target]] = {}
+        for number, (question, answer, image) in enumerate(rows):
+            self.targets.setdefault(int(image), []).append(Target(answer, question, number, (answer,)))
+        self.ids = sorted(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = self.ids[index]
+        return Sample(str(image), (_read(self.images / f"{image}.png"),), tuple(self.targets[image]))
+
+    def texts(self) -> Iterator[str]:
+        """Yield every question and answer."""
+        for targets in self.targets.values():
+            for target in targets:
+                yield from (target.prompt, target.text)
+
+
+class Joined:
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self.ends: list[int] = []
+        for source in sources:
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(source))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        which = bisect_right(self.ends, index)
+        return self.sources[which][index - (self.ends[which - 1] if which else 0)]
+
+    def texts(self) -> Iterator[str]:
+        """Yield the texts of every source."""
+        for source in self.sources:
+            yield from source.texts()
+
+
+DATASETS: dict[str, Callable[..., Source]] = {
+    "cc3m": ConceptualCaptions,
+    "tsv": TSVPair,
+    "webdataset": WebDataset,
+    "easy_vqa": EasyVqa,
+}
+
+
+def build_source(entries: Sequence[Mapping[str, Any]], dir: str | Path) -> Source:
+    """Build the sources of a recipe.
+
+    Args:
+        entries: mappings with a `type` (a key of DATASETS) and that source's arguments.
+        dir: where relative paths start.
+
+    Raises:
+        UserError: unknown type or key (with the nearest), missing file, nothing in it.
+    """
+    sources = []
+    for entry in entries:
+        arguments = dict(entry)
+        kind = str(arguments.pop("type", ""))
+        if kind not in DATASETS:
+            raise one_of("data source type", kind, DATASETS)
+        allowed = [p for p in inspect.signature(DATASETS[kind]).parameters if p != "dir"]
+        for key in arguments:
+            if key not in allowed:
+                raise UserError(f"unknown key '{key}' of source '{kind}'{nearest(key, allowed)}; one of: {allowed}")
+        missing = [
+            p.name
+            for p in inspect.signature(DATASETS[kind]).parameters.values()
+            if p.default is p.empty and p.name != "dir" and p.name not in arguments
+        ]
+        if missing:
+            raise UserError(f"source '{kind}' needs {', '.join(missing)}")
+        sources.append(DATASETS[kind](Path(dir), **arguments))
+    if sum(map(len, sources)) == 0:
+        raise UserError(f"the data sources under {dir} hold no record")
+    return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def _question(entry: Mapping[str, Any]) -> Target:
+    answers = tuple(map(str, entry["answers"])) if "answers" in entry else ()
+    answer = str(entry.get("answer", answers[0] if answers else ""))
+    number = entry.get("question_id")
+    return Target(answer, str(entry["question"]), number, answers or ((answer,) if answer else ()))
+
+
+def _file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"no {what} file at {path} (relative paths start at --data_dir)")
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise SampleError(path.name, "missing") from error
+    except OSError as error:
+        raise SampleError(path.name, f"unreadable: {error.strerror}") from error
