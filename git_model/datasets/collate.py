@@ -99,9 +99,10 @@ class Collator:
         return self._pad(rows, images, slots, tuple(skipped), truncated)
 
     def _rows(self, item: Loaded) -> tuple[list[Row], int]:
-        free = [t for t in item.targets if IMG_SLOT not in t.prompt]
+        targets = merged(item.targets) if self.generate else item.targets
+        free = [t for t in targets if IMG_SLOT not in t.prompt]
         together = [free] if self.pack and free else [[t] for t in free]
-        slotted = [[t] for t in item.targets if IMG_SLOT in t.prompt]
+        slotted = [[t] for t in targets if IMG_SLOT in t.prompt]
         built = [self._row(item, targets) for targets in (*together, *slotted)]
         return [row for row, _ in built], sum(cut for _, cut in built)
 
@@ -172,3 +173,15 @@ class Collator:
             skipped=skipped,
             truncated=truncated,
         )
+
+
+def merged(targets: Sequence[Target]) -> list[Target]:
+    """Return what there is to ask: each question once, and captions of one prompt as one row with all references."""
+    asks: list[Target] = []
+    captions: dict[str, list[str]] = {}
+    for target in targets:
+        if target.question_id is None:
+            captions.setdefault(target.prompt, []).extend(target.answers or (target.text,))
+        else:
+            asks.append(target)
+    return [Target("", prompt, None, tuple(texts)) for prompt, texts in captions.items()] + asks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from git_model.tokens import TextCodec, load_tokenizer
 log = logging.getLogger(__name__)
 
 
-def build_model(config: Config, tokenizer: Any = None, load_weights: bool = True) -> GitModel:
+def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = ()) -> GitModel:
     """Build the three parts and freeze what the config freezes.
 
     Args:
         config: the whole run; its `vision`, `mapper`, `language` and `train.freeze` are read.
         tokenizer: for a small language model, the one trained on the data; None loads it by the LM's name.
-        load_weights: False builds the architecture only (a checkpoint brings the weights).
+        held: parts whose weights a checkpoint brings: only their architecture is built.
 
     Raises:
         UserError: something that cannot be found or does not fit together.
@@ -34,8 +35,8 @@ def build_model(config: Config, tokenizer: Any = None, load_weights: bool = True
             raise UserError("a small language model needs the tokenizer of its data")
         tokenizer = load_tokenizer(config.language.name)
     torch.manual_seed(config.train.seed)
-    vision = build_vision(config.vision, load_weights)
-    hf_model = build_decoder(config.language, tokenizer, load_weights)
+    vision = build_vision(config.vision, "vision" not in held)
+    hf_model = build_decoder(config.language, tokenizer, "language" not in held)
     language = LanguageModel(
         hf_model, config.language.name, config.language.prefix_attention, config.train.label_smoothing
     )

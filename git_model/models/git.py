@@ -32,6 +32,7 @@ class GitModel(nn.Module):
         self.language = language
         self.codec = codec
         self.frozen: tuple[str, ...] = ()
+        self.checkpointing = False  # of a frozen decoder
 
     @property
     def num_image_tokens(self) -> int:
@@ -49,8 +50,29 @@ class GitModel(nn.Module):
         """Switch to training mode, frozen parts excepted."""
         super().train(mode)
         for part in self.frozen:
-            getattr(self, part).eval()
+            getattr(self, part).train(mode and self.checkpointing and part == "language")
         return self
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the decoder's activations in the backward pass: less memory, more time.
+
+        Hugging Face does so only in training mode, which a frozen decoder is not in; it then trains in all but its
+        dropout.
+        """
+        decoder = self.language.model
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if "language" in self.frozen:
+            for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):
+                if hasattr(decoder.config, name):
+                    setattr(decoder.config, name, 0.0)
+            for module in decoder.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                for name in ("attention_dropout", "dropout"):  # functional dropout reads a number
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+            self.checkpointing = True
+            self.train(self.training)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return image tokens: (I,3,H,W) uint8 -> (I,K,E)."""

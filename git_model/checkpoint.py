@@ -1,0 +1,235 @@
+"""Save, load, resume: the only way a trained model comes back.
+
+`model-000.pt` (after epoch 0), `model_best.pt` and `model_latest.pt` hold the trained tensors, the whole config, the
+tokenizer where it was trained here, and names and fingerprints of the frozen parts that can be fetched again. They
+are read with `weights_only=True`: no code in them runs. `state-<step>.pt` beside `model_latest.pt` holds what only
+going on needs. Every file is written under a temporary name, synced and renamed; `model_latest.pt` comes last, so a
+crash leaves the older pair in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from git_model.config import PARTS, Config
+from git_model.errors import EXIT_NO_CHECKPOINT, UserError
+from git_model.models.build import build_model
+from git_model.models.git import GitModel
+from git_model.schema import from_dict, to_dict
+from git_model.tokens import tokenizer_from_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LATEST = "model_latest.pt"
+BEST = "model_best.pt"
+
+
+@dataclass
+class Loaded:
+    """A checkpoint that came back.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        config: the run's.
+        metrics: the scores noted when it was saved.
+        step: optimiser steps done.
+    """
+
+    model: GitModel
+    config: Config
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+
+
+def saved_parts(model: GitModel) -> tuple[str, ...]:
+    """Return the parts a checkpoint holds: all but frozen ones that can be fetched again by name."""
+    again = {"vision": bool(model.vision.pretrained), "mapper": False, "language": model.language.name != "small"}
+    return tuple(part for part in PARTS if not (part in model.frozen and again[part]))
+
+
+def fingerprint(part: nn.Module) -> str:
+    """Return a hash of a part's names, shapes, types and up to 4,096 evenly spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`: the old file or the new one, never half of one.
+
+    Raises:
+        OSError: disk full, read-only; the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            buffer = io.BytesIO()
+            torch.save(dict(content), buffer)
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(
+    path: Path, model: GitModel, config: Config, *, step: int, epoch: int, metrics: Mapping[str, float] | None = None
+) -> None:
+    """Write a model file; see the module's docstring."""
+    kept = saved_parts(model)
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu()
+        for part in kept
+        for name, tensor in getattr(model, part).state_dict().items()
+    }
+    names = {"vision": config.vision.name, "mapper": config.mapper.type, "language": config.language.name}
+    frozen = {p: {"name": names[p], "fingerprint": fingerprint(getattr(model, p))} for p in PARTS if p not in kept}
+    small = config.language.name == "small"
+    content = {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "tensors": tensors,
+        "frozen": frozen,
+        "tokenizer": model.codec.tokenizer.backend_tokenizer.to_str() if small else None,
+        "metrics": dict(metrics or {}),
+        "step": step,
+        "epoch": epoch,
+    }
+    write_atomically(path, content)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's plain content without running any code in it.
+
+    Raises:
+        UserError: missing, truncated, foreign, or a pickle that wants to run code (exit code 76).
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file; each means the same to the user
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is no checkpoint that can be read: {reason}", EXIT_NO_CHECKPOINT) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint", EXIT_NO_CHECKPOINT)
+    return content
+
+
+def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Loaded:
+    """Rebuild a model from its file.
+
+    Args:
+        path: a file this module wrote, or a bare state dict with the same tensor names.
+        bare_config: the architecture, for a bare state dict only.
+
+    Raises:
+        UserError: no such file; not a checkpoint; tensors missing or too many (up to five are named).
+    """
+    path = Path(path)
+    content = read_content(path)
+    if "format" not in content:
+        if bare_config is None or not all(isinstance(v, Tensor) for v in content.values()):
+            raise UserError(
+                f"{path} carries no architecture: it is no checkpoint of this program. For a bare state dict give "
+                "image_encoder_type, language_model, mapping_type and output_grid",
+                EXIT_NO_CHECKPOINT,
+            )
+        content = {"tensors": content, "config": to_dict(bare_config)}
+    elif content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}", EXIT_NO_CHECKPOINT)
+    config = from_dict(Config, content["config"])
+    text = content.get("tokenizer")
+    held = {name.split(".")[0] for name in content["tensors"]}
+    model = build_model(config, tokenizer_from_json(text) if text else None, held)
+    for part in held:
+        load_part(path, getattr(model, part), part, content["tensors"])
+    for part, known in content.get("frozen", {}).items():
+        if fingerprint(getattr(model, part)) != known["fingerprint"]:
+            log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
+    return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)))
+
+
+def load_part(path: Path, module: nn.Module, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a part with its tensors, all of them and nothing else.
+
+    Raises:
+        UserError: names up to five missing, unexpected or misshapen tensors.
+    """
+    own = {name[len(part) + 1 :]: t for name, t in tensors.items() if name.startswith(part + ".")}
+    wanted = module.state_dict()
+    wrong = [f"{part}.{n} missing" for n in wanted if n not in own]
+    wrong += [f"{part}.{n} unexpected" for n in own if n not in wanted]
+    wrong += [
+        f"{part}.{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
+        for n, t in own.items()
+        if n in wanted and t.shape != wanted[n].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
+        )
+    module.load_state_dict(own)
+
+
+def save_latest(
+    folder: Path, model: GitModel, config: Config, state: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
+    """Write `state-<step>.pt`, then `model_latest.pt`, then drop the older state.
+
+    Args:
+        folder: the run's.
+        model: unwrapped.
+        config: the run's.
+        state: holds `step` and `epoch` and what `training` needs to go on.
+        metrics: the last validation's.
+    """
+    step = int(state["step"])
+    write_atomically(folder / f"state-{step:09d}.pt", state)
+    save_checkpoint(folder / LATEST, model, config, step=step, epoch=int(state["epoch"]), metrics=metrics)
+    for old in folder.glob("state-*.pt"):
+        if old.name != f"state-{step:09d}.pt":
+            old.unlink(missing_ok=True)
+
+
+def load_latest(folder: Path, model: GitModel) -> dict[str, Any] | None:
+    """Bring `model` and the returned state to where the run in `folder` stopped; None where there is no run.
+
+    Raises:
+        UserError: a part of the pair is missing or does not fit: never trains on from half a state.
+    """
+    if not (folder / LATEST).is_file():
+        return None
+    content = read_content(folder / LATEST)
+    state_path = folder / f"state-{int(content.get('step', -1)):09d}.pt"
+    if not state_path.is_file():
+        raise UserError(f"{folder / LATEST} is there but {state_path.name} is not; --resume no starts anew")
+    held = {name.split(".")[0] for name in content["tensors"]}
+    if held != set(saved_parts(model)):
+        raise UserError(f"{folder / LATEST} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
+    for part in held:
+        load_part(folder / LATEST, getattr(model, part), part, content["tensors"])
+    return read_content(state_path)

@@ -1,0 +1,215 @@
+"""A training run: what it holds, and each phase of the loop as one verb. The loop itself is in train.py."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from git_model import checkpoint, training, validation
+from git_model.batch import CaptionBatch
+from git_model.config import Config
+from git_model.datasets.loader import GlobalSampler, train_loader
+from git_model.datasets.sources import build_source
+from git_model.models.build import build_model
+from git_model.tokens import train_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Model, data, optimiser and the position in the run.
+
+    Args:
+        config: all of it.
+
+    Raises:
+        UserError: bad input, found before the first step.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, options = config, config.train
+        self.folder = Path(options.output_dir)
+        self.accelerator = training.build_accelerator(options)
+
+        # data first: it is cheap, and most mistakes are there
+        source = build_source(config.data.train, config.data.dir)
+        val_source = build_source(config.data.val, config.data.dir)
+
+        # a small decoder's tokenizer comes from the texts at hand
+        small = config.language.name == "small"
+        tokenizer = train_tokenizer(source.texts(), config.language.small.vocab_size) if small else None
+        self.raw_model = build_model(config, tokenizer)
+        if options.gradient_checkpointing:
+            self.raw_model.checkpoint_activations()
+        self.raw_model.train()
+        self.teach, _ = training.collators(self.raw_model, config)
+
+        resolution = self.raw_model.vision.resolution
+        self.data = training.training_data(config, source, resolution)
+        self.val_data = validation.eval_data(config, val_source, resolution)
+        self.sampler = GlobalSampler(
+            len(self.data),
+            options.batch_size,
+            seed=options.seed,
+            epochs=options.epochs,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            accumulation=options.accumulation,
+        )
+        self.total_steps = options.epochs * self.sampler.steps_per_epoch
+
+        groups = training.parameter_groups(self.raw_model, options)
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2))
+        factor = training.learning_rate_factor(options, self.total_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.trained = [p for p in self.raw_model.parameters() if p.requires_grad]
+
+        self.ledger = training.SampleLedger(config.data.max_bad)
+        self.guard = training.StepGuard(options.max_bad_steps)
+        self.log = training.RunLog(self.accelerator, config)
+        self.step, self.best, self.scores = 0, float("-inf"), {}
+        self.epoch, self.epoch_step = 0, 0  # of the next step
+
+        state = checkpoint.load_latest(self.folder, self.raw_model) if options.resume == "auto" else None
+        if state:
+            self._restore(state)
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.optimizer)
+        self.scaler = self.accelerator.scaler
+        if state and self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        if options.compile:
+            self.model.compile()
+        if self.accelerator.is_main_process:
+            log.info("%s", training.describe_parts(self.raw_model))
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        self._reset_window()
+
+    def steps(self) -> Iterator[list[CaptionBatch]]:
+        """Yield the micro-batches of each step that is left, counting what was skipped."""
+        settings, rank = self.config.data, self.accelerator.process_index
+        loader = train_loader(
+            self.data, self.sampler, self.teach, workers=settings.workers, timeout=settings.worker_timeout
+        )
+        for micro in training.steps_of(loader, self.config.train.accumulation):
+            training.seed_step(self.config.train.seed, self.step, rank)
+            for batch in micro:
+                self.ledger.add(batch)
+            yield micro
+
+    def backward(self, micro: list[CaptionBatch]) -> float:
+        """Add the step's gradients; return its loss: summed over target tokens / their number, over all ranks."""
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        counts = torch.tensor(float(sum(batch.num_targets for batch in micro)), device=device)
+        tokens = self.accelerator.reduce(counts, "sum").clamp(min=1)
+        total = torch.zeros((), device=device)
+        for number, batch in enumerate(micro):
+            last = number == len(micro) - 1
+            with self.accelerator.no_sync(self.model) if not last else self.accelerator.autocast():
+                loss = self.model(batch.to(device)) * batch.num_targets
+                # ranks average their gradients: times world / tokens makes it the mean over all tokens
+                self.accelerator.backward(loss * (world / tokens))
+                total += loss.detach()
+        self.tokens = float(tokens)
+        return float(self.accelerator.reduce(total, "sum") / tokens)
+
+    def update(self, loss: float, micro: list[CaptionBatch]) -> float:
+        """Take the step if loss and gradient are finite on every rank; return the gradient's norm."""
+        if self.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        keys = [key for batch in micro for key in batch.keys]
+        allowed = self.guard.allows(loss, float(norm), keys, scaled=self.scaler is not None)
+        if allowed and self.config.train.clip:
+            clip_grads_with_norm_(self.trained, self.config.train.clip, norm)
+        if allowed or self.scaler is not None:  # the scaler skips a bad step itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+        self.epoch, self.epoch_step = training.next_position(self.sampler, self.epoch, self.epoch_step)
+        return float(norm)
+
+    def report(self, loss: float, norm: float, micro: list[CaptionBatch]) -> None:
+        """Advance the progress bar and, every `log_every` steps, the log."""
+        self.window_images += sum(len(batch.images) for batch in micro) * self.accelerator.num_processes
+        self.window_loss += loss * self.tokens
+        self.window_tokens += self.tokens
+        self.bar.update()
+        if self.step % self.config.train.log_every and self.step != self.total_steps:
+            return
+        rate = self.window_images / (time.monotonic() - self.window_start)
+        mean, lr = self.window_loss / self.window_tokens, self.schedule.get_last_lr()[0]
+        self.log.write(self.step, loss=mean, lr=lr, gradient_norm=norm, images_per_second=rate)
+        self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} images/s")
+        self._reset_window()
+
+    def validate(self) -> None:
+        """Score the validation set on the main process; keep the model when it is the best so far."""
+        if self.accelerator.is_main_process:
+            self.scores = validation.validate(self.raw_model, self.val_data, self.config, self.accelerator.device)
+            self.log.write(self.step, **self.scores)
+            self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.scores.items()))
+            if validation.overall(self.scores) > self.best:
+                self.best = validation.overall(self.scores)
+                self.save(checkpoint.BEST)
+        self.accelerator.wait_for_everyone()
+        self._reset_window()
+
+    def save(self, name: str) -> None:
+        """Write one model file, on the main process."""
+        if self.accelerator.is_main_process:
+            checkpoint.save_checkpoint(
+                self.folder / name, self.raw_model, self.config, step=self.step, epoch=self.epoch, metrics=self.scores
+            )
+
+    def save_latest(self) -> None:
+        """Write model_latest.pt and what resuming needs, on the main process."""
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "epoch_step": self.epoch_step,
+                "best": self.best,
+                "metrics": self.scores,
+                "skipped_steps": self.guard.skipped,
+                "ledger": self.ledger.state(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            }
+            checkpoint.save_latest(self.folder, self.raw_model, self.config, state, self.scores)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> dict[str, float]:
+        """Write the report and the loss curve, leave the process group; return the last scores."""
+        self.bar.close()
+        self.log.finish(self.ledger, self.guard.skipped)
+        return self.scores
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.ledger.restore(state["ledger"])
+        self.guard.skipped = state["skipped_steps"]
+        self.step, self.best, self.scores = state["step"], state["best"], state["metrics"]
+        self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
+        self.sampler.start = (self.epoch, self.epoch_step)
+        self.log.trim(self.step)
+        log.info("resuming at step %d of %d", self.step, self.total_steps)
+
+    def _reset_window(self) -> None:
+        self.window_start = time.monotonic()
+        self.window_images, self.window_loss, self.window_tokens, self.tokens = 0, 0.0, 0.0, 0.0

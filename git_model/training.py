@@ -1,0 +1,314 @@
+"""What the loop needs and is not the loop: engine, parameter groups, schedule, accounting, the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from git_model.batch import BadSample, CaptionBatch
+from git_model.config import PARTS, Config, TrainConfig
+from git_model.datasets.collate import Collator
+from git_model.datasets.images import Transform
+from git_model.datasets.loader import GlobalSampler, ImageTextDataset
+from git_model.datasets.sources import Source
+from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
+from git_model.models.git import GitModel
+from git_model.schema import to_dict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the engine: one path for CPU, one card, several cards.
+
+    Raises:
+        UserError: a precision this machine has no arithmetic for.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    cuda = torch.cuda.is_available()
+    if config.precision == "fp16" and not cuda:
+        raise UserError("--precision fp16 needs a GPU (its scaler has nothing to do on a CPU); choose fp32 or bf16")
+    # emulated bf16 would "work" on a V100, slowly and in fp32
+    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; choose --precision fp16")
+    # unused branches (an attention pool beside grid features) have no gradient
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        cpu=not cuda,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def training_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
+    """Return the training set: drawn targets, augmentation."""
+    transform = Transform(resolution, config.data.resize, config.data.augment)
+    return ImageTextDataset(
+        source,
+        transform,
+        targets=config.data.targets,
+        seed=config.train.seed,
+        cache=config.data.cache,
+        augment=True,
+    )
+
+
+def parameter_groups(model: GitModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: a learning rate per part, weight decay on matrices only."""
+    groups = []
+    for part in PARTS:
+        rate = getattr(config, f"lr_{part}") or config.lr
+        trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        for decayed in (True, False):
+            chosen = [p for p in trained if (p.ndim >= 2) == decayed]
+            if chosen:
+                decay = config.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part})
+    if not groups:
+        raise UserError(f"--freeze {','.join(config.freeze)} leaves nothing to train")
+    return groups
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the step: linear warm-up, then the schedule to 0."""
+    warmup = min(config.warmup, total_steps - 1) if total_steps > 1 else 0
+    if warmup < config.warmup:
+        log.warning("warm-up of %d steps is longer than the run of %d; using %d", config.warmup, total_steps, warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0 if config.schedule == "constant" else 1.0 - done
+
+    return factor
+
+
+def describe_parts(model: GitModel) -> str:
+    """Return one line: what is trained, what is frozen, with parameter counts."""
+    words = []
+    for part in PARTS:
+        module: nn.Module = getattr(model, part)
+        count = sum(p.numel() for p in module.parameters())
+        words.append(f"{part} {'frozen' if part in model.frozen else 'trained'} {count:,}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"parameters: {', '.join(words)}; {trained:,} trained; {model.num_image_tokens} tokens an image"
+
+
+def steps_of(batches: Iterable[CaptionBatch], accumulation: int) -> Iterator[list[CaptionBatch]]:
+    """Yield the micro-batches of one optimiser step at a time."""
+    iterator = iter(batches)
+    while micro := list(islice(iterator, accumulation)):
+        yield micro
+
+
+def next_position(sampler: GlobalSampler, epoch: int, step: int) -> tuple[int, int]:
+    """Return (epoch, step in the epoch) of the step after this one."""
+    return (epoch, step + 1) if step + 1 < sampler.steps_per_epoch else (epoch + 1, 0)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank): nothing to save, nothing to forget to restore."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+class SampleLedger:
+    """Counts samples used and skipped, by reason with examples, and stops the run above a limit.
+
+    Args:
+        limit: largest share of unusable samples.
+    """
+
+    EXAMPLES = 20
+    PATIENCE = 100  # samples before the share means anything, unless all are bad
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.ok = 0
+        self.truncated = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, batch: CaptionBatch) -> None:
+        """Count a batch.
+
+        Raises:
+            UserError: more than the limit is unusable (exit code 3).
+        """
+        self.ok += len(batch.images)
+        self.truncated += batch.truncated
+        for bad in batch.skipped:
+            self._note(bad)
+        bad_count, total = sum(self.reasons.values()), self.ok + sum(self.reasons.values())
+        if bad_count > self.limit * total and (total >= self.PATIENCE or self.ok == 0):
+            raise UserError(
+                f"{bad_count} of {total} samples are unusable, more than --max_bad {self.limit}: {self.summary()}",
+                EXIT_TOO_MANY_BAD,
+            )
+
+    def _note(self, bad: BadSample) -> None:
+        reason = bad.reason.split(":")[0] if bad.reason.startswith("prompt") else bad.reason
+        self.reasons[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.EXAMPLES:
+            examples.append(bad.key)
+        if self.reasons[reason] <= 3:
+            log.warning("sample %s skipped: %s", bad.key, bad.reason)
+
+    def summary(self) -> str:
+        """Return the reasons with counts and an example each."""
+        return ", ".join(f"{r} x{n} (e.g. {self.examples[r][0]})" for r, n in self.reasons.most_common()) or "none"
+
+    def state(self) -> dict[str, Any]:
+        """Return rows in = ok + sum(reasons), for the run's report and for resuming."""
+        reasons, examples = dict(self.reasons), {r: list(keys) for r, keys in self.examples.items()}
+        rows = self.ok + sum(reasons.values())
+        return {"rows": rows, "ok": self.ok, "reasons": reasons, "examples": examples, "truncated": self.truncated}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting from a saved state."""
+        self.ok, self.truncated = state["ok"], state["truncated"]
+        self.reasons, self.examples = Counter(state["reasons"]), state["examples"]
+
+
+class StepGuard:
+    """Decides whether a step may touch the weights, and when to give up.
+
+    Args:
+        limit: non-finite steps in a row until the run stops.
+    """
+
+    FP16_PATIENCE = 50  # the scaler finds its scale by overflowing a few times
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+        self.overflows = 0
+        self.skipped = 0
+
+    def allows(self, loss: float, norm: float, keys: Iterable[str], scaled: bool) -> bool:
+        """Return whether to step.
+
+        Args:
+            loss: of the whole step, over all ranks.
+            norm: of the unscaled gradient, over all ranks.
+            keys: this rank's samples of the step.
+            scaled: fp16: an overflowing gradient with a finite loss is the scaler's business.
+
+        Raises:
+            UserError: `limit` non-finite steps in a row; names the samples (exit code 70).
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = self.overflows = 0
+            return True
+        self.skipped += 1
+        if scaled and math.isfinite(loss):
+            self.overflows += 1
+        else:
+            self.in_a_row += 1
+        if self.in_a_row >= self.limit or self.overflows >= self.FP16_PATIENCE:
+            names = ", ".join(list(keys)[:32])
+            raise UserError(
+                f"{max(self.in_a_row, self.overflows)} steps in a row had a non-finite loss ({loss}) or gradient "
+                f"({norm}); the weights are those of the last good step. Samples of this step: {names}",
+                EXIT_BUG,
+            )
+        log.warning("step skipped: loss %s, gradient norm %s; samples %s", loss, norm, ", ".join(list(keys)[:8]))
+        return False
+
+
+class RunLog:
+    """metrics.jsonl, the trackers, and the loss curve; a NaN is written as "nan", never as 0.
+
+    Args:
+        accelerator: the engine; only its main process writes.
+        config: the run's; written as config.yml unless the recipe itself is there.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config) -> None:
+        self.accelerator = accelerator
+        self.folder = Path(config.train.output_dir)
+        self.path = self.folder / "metrics.jsonl"
+        self.started = time.monotonic()
+        if accelerator.is_main_process:
+            import yaml
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(to_dict(config), sort_keys=False)
+            (self.folder / "resolved_config.yml").write_text(text, encoding="utf-8")
+            if config.train.resume == "no":
+                self.path.unlink(missing_ok=True)
+        if config.train.report_to != "none":
+            accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
+
+    def trim(self, step: int) -> None:
+        """Drop lines after `step`: a resumed run writes them again."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line."""
+        if not self.accelerator.is_main_process:
+            return
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        line = {"step": step, "seconds": round(time.monotonic() - self.started, 2), **plain}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def finish(self, ledger: SampleLedger, skipped_steps: int) -> None:
+        """Write run_report.json and loss_curve.png."""
+        if self.accelerator.is_main_process:
+            report = {"samples": ledger.state(), "skipped_steps": skipped_steps}
+            (self.folder / "run_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            plot_loss(self.path, self.folder / "loss_curve.png")
+        self.accelerator.end_training()
+
+
+def plot_loss(metrics: Path, picture: Path) -> None:
+    """Draw training and validation loss over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in ("loss", "val_loss"):
+        points = [(line["step"], float(line[name])) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "val_loss" else None)
+    axes.set(xlabel="step", ylabel="nats a token", title="loss")
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def collators(model: GitModel, config: Config) -> tuple[Collator, Collator]:
+    """Return the collators of training (right padding, packed) and of asking (left padding)."""
+    codec, tokens = model.codec, model.num_image_tokens
+    return Collator(codec, tokens, pack=config.data.pack), Collator(codec, tokens, generate=True)

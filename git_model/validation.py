@@ -1,0 +1,99 @@
+"""A model over a data set: what it says, its loss, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from git_model.batch import CaptionBatch, Target
+from git_model.config import Config
+from git_model.datasets.images import Transform
+from git_model.datasets.loader import ImageTextDataset, eval_batches
+from git_model.datasets.sources import Source
+from git_model.metrics.caption import cider
+from git_model.metrics.vqa import exact_accuracy
+from git_model.models.git import GitModel
+from git_model.models.language import Decoding
+from git_model.training import collators
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said to one prompt.
+
+    Args:
+        key: of the image.
+        target: the question, or the captions' references in `answers`.
+        text: the model's.
+    """
+
+    key: str
+    target: Target
+    text: str
+
+
+def eval_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
+    """Return a set for asking: every target, no augmentation."""
+    return ImageTextDataset(source, Transform(resolution, config.data.resize), targets=0, cache=config.data.cache)
+
+
+def predict(model: GitModel, batches: Iterable[CaptionBatch], decoding: Decoding, device: Any) -> Iterator[Prediction]:
+    """Yield what the model says to every row of left-padded batches."""
+    for batch in batches:
+        texts = model.generate(batch.to(device), decoding)
+        for key, (target,), text in zip(batch.keys, batch.targets, texts, strict=True):
+            yield Prediction(key, target, text)
+
+
+def scores(predictions: Iterable[Prediction]) -> dict[str, float]:
+    """Return `cider` over the captions (x1, not x100) and `accuracy` over the questions, where there are any."""
+    captions: dict[str, str] = {}
+    references: dict[str, tuple[str, ...]] = {}
+    answers: list[str] = []
+    accepted: list[tuple[str, ...]] = []
+    for p in predictions:
+        if p.target.question_id is None:
+            captions[p.key], references[p.key] = p.text, p.target.answers
+        else:
+            answers.append(p.text)
+            accepted.append(p.target.answers)
+    found: dict[str, float] = {}
+    if captions:
+        found["cider"] = cider(captions, references)
+    if answers:
+        found["accuracy"] = exact_accuracy(answers, accepted)
+    return found
+
+
+def overall(found: dict[str, float]) -> float:
+    """Return the one number the best checkpoint is chosen by: CIDEr / 10 plus accuracy, minus the loss where neither."""
+    if "cider" in found or "accuracy" in found:
+        return found.get("cider", 0.0) / 10 + found.get("accuracy", 0.0)
+    return -found["val_loss"]
+
+
+@torch.inference_mode()
+def mean_loss(model: GitModel, batches: Iterable[CaptionBatch], device: Any) -> float:
+    """Return the loss per target token over batches with targets."""
+    total, count = 0.0, 0
+    for batch in batches:
+        if batch.num_targets:
+            total += float(model(batch.to(device))) * batch.num_targets
+            count += batch.num_targets
+    return total / count if count else float("nan")
+
+
+def validate(model: GitModel, data: ImageTextDataset, config: Config, device: Any) -> dict[str, float]:
+    """Return `val_loss` and the scores of greedy answers on `train.validate_samples` images of `data`."""
+    was_training = model.training
+    model.eval()
+    teach, ask = collators(model, config)
+    limit, size = config.train.validate_samples, max(1, config.train.batch_size)
+    found = {"val_loss": mean_loss(model, eval_batches(data, teach, batch_size=size, limit=limit), device)}
+    asks = eval_batches(data, ask, batch_size=size, limit=limit)
+    found |= scores(predict(model, asks, Decoding(max_new_tokens=config.data.max_text_tokens), device))
+    model.train(was_training)
+    return found
