@@ -18,6 +18,7 @@ from git_model.config import Config
 from git_model.datasets.loader import GlobalSampler, train_loader
 from git_model.datasets.sources import build_source
 from git_model.models.build import build_model
+from git_model.run_log import RunLog
 from git_model.tokens import train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Run:
 
         self.ledger = training.SampleLedger(config.data.max_bad)
         self.guard = training.StepGuard(options.max_bad_steps)
-        self.log = training.RunLog(self.accelerator, config)
+        self.log = RunLog(self.accelerator, config)
         self.step, self.best, self.scores = 0, float("-inf"), {}
         self.epoch, self.epoch_step = 0, 0  # of the next step
 

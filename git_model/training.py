@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +20,6 @@ from git_model.datasets.loader import GlobalSampler, ImageTextDataset
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
-from git_model.schema import to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -235,77 +231,6 @@ class StepGuard:
             )
         log.warning("step skipped: loss %s, gradient norm %s; samples %s", loss, norm, ", ".join(list(keys)[:8]))
         return False
-
-
-class RunLog:
-    """metrics.jsonl, the trackers, and the loss curve; a NaN is written as "nan", never as 0.
-
-    Args:
-        accelerator: the engine; only its main process writes.
-        config: the run's; written as config.yml unless the recipe itself is there.
-    """
-
-    def __init__(self, accelerator: Accelerator, config: Config) -> None:
-        self.accelerator = accelerator
-        self.folder = Path(config.train.output_dir)
-        self.path = self.folder / "metrics.jsonl"
-        self.started = time.monotonic()
-        if accelerator.is_main_process:
-            import yaml
-
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(to_dict(config), sort_keys=False)
-            (self.folder / "resolved_config.yml").write_text(text, encoding="utf-8")
-            if config.train.resume == "no":
-                self.path.unlink(missing_ok=True)
-        if config.train.report_to != "none":
-            accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
-
-    def trim(self, step: int) -> None:
-        """Drop lines after `step`: a resumed run writes them again."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-    def write(self, step: int, **values: float) -> None:
-        """Append one line."""
-        if not self.accelerator.is_main_process:
-            return
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        line = {"step": step, "seconds": round(time.monotonic() - self.started, 2), **plain}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.accelerator.log(values, step=step)
-
-    def finish(self, ledger: SampleLedger, skipped_steps: int) -> None:
-        """Write run_report.json and loss_curve.png."""
-        if self.accelerator.is_main_process:
-            report = {"samples": ledger.state(), "skipped_steps": skipped_steps}
-            (self.folder / "run_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-            plot_loss(self.path, self.folder / "loss_curve.png")
-        self.accelerator.end_training()
-
-
-def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training and validation loss over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name in ("loss", "val_loss"):
-        points = [(line["step"], float(line[name])) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "val_loss" else None)
-    axes.set(xlabel="step", ylabel="nats a token", title="loss")
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
 
 
 def collators(model: GitModel, config: Config) -> tuple[Collator, Collator]:

@@ -69,7 +69,7 @@ def scores(predictions: Iterable[Prediction]) -> dict[str, float]:
 
 
 def overall(found: dict[str, float]) -> float:
-    """Return the one number the best checkpoint is chosen by: CIDEr / 10 plus accuracy, minus the loss where neither."""
+    """Return what the best checkpoint is chosen by: CIDEr / 10 plus accuracy; minus the loss where neither is."""
     if "cider" in found or "accuracy" in found:
         return found.get("cider", 0.0) / 10 + found.get("accuracy", 0.0)
     return -found["val_loss"]
