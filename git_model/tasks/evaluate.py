@@ -1,0 +1,120 @@
+"""Score a checkpoint on TSVs: captions by CIDEr, questions by accuracy, beside what a blind model would get."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from git_model.errors import UserError
+from git_model.tasks.params import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from git_model.batch import CaptionBatch
+    from git_model.validation import Prediction
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    *,
+    model_path: str,
+    out_dir: str,
+    image_tsv: str | None = None,
+    caption_tsv: str | None = None,
+    question_tsv: str | None = None,
+    source: str | None = None,
+    data_dir: str = ".",
+    batch_size: Annotated[int, Range(1, 4096)] = 32,
+    beams: Annotated[int, Range(1, 64)] = 1,
+    max_new_tokens: Annotated[int, Range(1, 1024)] = 40,
+    limit: Annotated[int, Range(1, 10**9)] | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Caption and answer a whole set, score it beside blank pictures, write report.html and scores.json.
+
+    The set is an image TSV with captions and/or questions, or `source: val` / `source: train`: the recipe's own.
+    """
+    from tqdm import tqdm
+
+    from git_model.checkpoint import load_checkpoint
+    from git_model.datasets.sources import build_source
+    from git_model.models.language import Decoding
+    from git_model.tasks.caption import pick_device
+    from git_model.tasks.report import write_report
+    from git_model.training import collators
+    from git_model.validation import eval_batches, eval_data, predict, scores
+
+    loaded = load_checkpoint(model_path)
+    config, model, where = loaded.config, loaded.model, pick_device(device)
+    entries = _entries(config, image_tsv, caption_tsv, question_tsv, source)
+    records = build_source(entries, data_dir)
+    data = eval_data(config, records, model.vision.resolution)
+    _, ask = collators(model, config)
+    decoding = Decoding(beams, max_new_tokens)
+    model.to(where)
+
+    def answers(blank: bool) -> list[Prediction]:
+        batches: Iterable[CaptionBatch] = eval_batches(data, ask, batch_size=batch_size, limit=limit)
+        count = -(-min(limit or len(data), len(data)) // batch_size)
+        name = "blank pictures" if blank else "pictures"
+        shown = tqdm(batches, total=count, desc=name, unit="batch")
+        return list(predict(model, _blank(shown) if blank else shown, decoding, where))
+
+    predictions, blind = answers(False), answers(True)
+    if not predictions:
+        raise UserError("none of the samples could be used")
+    result: dict[str, Any] = {"model_path": model_path, "scores": scores(predictions), "blank_image": scores(blind)}
+    result |= _ceiling(predictions)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    result["report"] = str(write_report(out / "report.html", records, predictions, result))
+    result["predictions"] = str(_write_predictions(out, predictions))
+    (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _entries(
+    config: Any, image_tsv: str | None, caption_tsv: str | None, question_tsv: str | None, source: str | None
+) -> list[dict[str, Any]]:
+    """Return the data source the caller described."""
+    if (image_tsv is None) == (source is None):
+        raise UserError("evaluate needs either image_tsv (with caption_tsv and/or question_tsv) or source: val | train")
+    if source is not None:
+        if source not in ("val", "train"):
+            raise UserError(f"source is '{source}'; one of: val, train")
+        return [dict(entry) for entry in getattr(config.data, source)]
+    if caption_tsv is None and question_tsv is None:
+        raise UserError("evaluate needs caption_tsv, question_tsv or both beside image_tsv")
+    return [{"type": "tsv", "images": image_tsv, "captions": caption_tsv, "questions": question_tsv}]
+
+
+def _blank(batches: Iterable[CaptionBatch]) -> Iterator[CaptionBatch]:
+    """Yield the batches with mid-grey pictures: what the model says without looking."""
+    from dataclasses import replace
+
+    for batch in batches:
+        yield replace(batch, images=batch.images * 0 + 127)
+
+
+def _ceiling(predictions: list[Prediction]) -> dict[str, float]:
+    """Return the captions' own agreement: each reference scored against the others."""
+    from git_model.metrics.caption import reference_ceiling
+
+    references = {p.key: p.target.answers for p in predictions if p.target.question_id is None}
+    several = {key: texts for key, texts in references.items() if len(texts) > 1}
+    return {"references_cider": reference_ceiling(several)} if several else {}
+
+
+def _write_predictions(out: Path, predictions: list[Prediction]) -> Path:
+    """Write one JSON line per prompt; the file appears whole or not at all."""
+    path, temporary = out / "predictions.jsonl", out / ".tmp-predictions.jsonl"
+    with open(temporary, "w", encoding="utf-8") as file:
+        for p in predictions:
+            line = {"key": p.key, "question_id": p.target.question_id, "prompt": p.target.prompt, "text": p.text}
+            file.write(json.dumps(line, sort_keys=True) + "\n")
+    temporary.replace(path)
+    return path
