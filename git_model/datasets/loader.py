@@ -61,23 +61,24 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             if self.targets and len(targets) > self.targets:
                 drawn = np.sort(rng.choice(len(targets), self.targets, replace=False))
                 targets = tuple(targets[i] for i in drawn)
-            pictures = self._decoded(record, sample.images)
-            images = tuple(self.transform(p, rng if self.augment else None) for p in pictures)
+            images = self._images(record, sample.images, rng)
         except SampleError as error:
             return BadSample(error.key, error.reason)
         except ImageError as error:
             return BadSample(sample.key, error.reason)
         return Loaded(sample.key, images, targets)
 
-    def _decoded(self, record: int, images: Sequence[bytes]) -> list[Any]:
-        if self.cache is None:
-            return [decode_image(data) for data in images]
-        if record not in self.cache:
-            pictures = [decode_image(data) for data in images]
-            if not self.augment:  # the transform is then a constant: keep its small result's picture
-                pictures = [self.transform.picture(p) for p in pictures]
-            self.cache[record] = pictures
-        return self.cache[record]
+    def _images(self, record: int, files: Sequence[bytes], rng: np.random.Generator) -> tuple[Any, ...]:
+        """Return the transformed pictures; the cache keeps what does not change between visits."""
+        if self.cache is not None and record in self.cache:
+            kept = self.cache[record]
+        else:
+            kept = tuple(decode_image(data) for data in files)
+            if not self.augment:
+                kept = tuple(self.transform(picture) for picture in kept)
+            if self.cache is not None:
+                self.cache[record] = kept
+        return tuple(self.transform(picture, rng) for picture in kept) if self.augment else kept
 
 
 class GlobalSampler(Sampler[list[Index]]):

@@ -18,7 +18,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72re
 table.scores { border-collapse: collapse; margin: 1rem 0 2rem; }
 table.scores td, table.scores th { border: 1px solid #ccd3dd; padding: .3rem .9rem; text-align: right; }
 table.scores th:first-child, table.scores td:first-child { text-align: left; }
-article { display: grid; grid-template-columns: 200px 1fr; gap: 1.2rem; padding: 1rem 0; border-top: 1px solid #e2e6ec; }
+article { display: grid; grid-template-columns: 200px 1fr; gap: 1.2rem; padding: 1rem 0;
+  border-top: 1px solid #e2e6ec; }
 img { width: 192px; height: auto; image-rendering: auto; border-radius: 6px; }
 .said { font-weight: 600; } .reference { color: #5a6573; } .right { color: #0b7a3b; } .wrong { color: #b3261e; }
 ul { margin: .3rem 0; padding-left: 1.2rem; }
@@ -89,4 +90,5 @@ def _article(image: bytes, key: str, predictions: list[Prediction]) -> str:
             )
             mark = "right" if right else "wrong"
             parts.append(f"<div>{html.escape(p.target.prompt)} <span class='{mark}'>{said}</span>{note}</div>")
-    return f"<article><div>{picture}<div class='reference'>{html.escape(key)}</div></div><div>{''.join(parts)}</div></article>"
+    caption = f"<div class='reference'>{html.escape(key)}</div>"
+    return f"<article><div>{picture}{caption}</div><div>{''.join(parts)}</div></article>"
