@@ -72,6 +72,11 @@ class LanguageModel(nn.Module):
         learned = config.model_type in ("gpt2", "opt", "gpt_neo", "gpt_bigcode")  # the others rotate: no table
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if learned else None
 
+    @property
+    def body(self) -> Any:
+        """The decoder without its vocabulary projection; what `generate` calls too (OPT's is two floors down)."""
+        return self.model.get_decoder()
+
     def embed(self, batch: CaptionBatch, image_tokens: Tensor) -> Tensor:
         """Return the input embeddings with the image tokens in their slots.
 
@@ -92,8 +97,7 @@ class LanguageModel(nn.Module):
                 raise UserError(
                     f"a row of {longest} tokens is longer than '{self.name}' can hold ({self.max_positions})"
                 )
-        body = self.model.base_model
-        out = body(
+        out = self.body(
             inputs_embeds=embeds,
             attention_mask=self._mask(batch, embeds.dtype),
             position_ids=batch.positions,
@@ -189,7 +193,7 @@ class LanguageModel(nn.Module):
             positions = batch.positions.repeat_interleave(beams, 0)  # (R*beams,T)
             return args, {**kwargs, "attention_mask": mask, "position_ids": positions}
 
-        handle = self.model.base_model.register_forward_pre_hook(replace, with_kwargs=True)
+        handle = self.body.register_forward_pre_hook(replace, with_kwargs=True)
         try:
             yield
         finally:
