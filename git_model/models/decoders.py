@@ -49,6 +49,7 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
             resid_pdrop=small.dropout,
             embd_pdrop=small.dropout,
             attn_pdrop=small.dropout,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new in one kernel
             **ids,
         )
     if small.architecture == "opt":
