@@ -60,7 +60,7 @@ class GitModel(nn.Module):
         dropout.
         """
         decoder = self.language.model
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        decoder.activation_checkpointing_enable({"use_reentrant": False})
         if "language" in self.frozen:
             for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):
                 if hasattr(decoder.config, name):
