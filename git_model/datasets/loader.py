@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from git_model.batch import BadSample, CaptionBatch
 from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.files import RecordError
 from git_model.datasets.images import ImageError, Transform, decode_image
 from git_model.datasets.sources import SampleError, Source
 
@@ -56,14 +57,15 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         epoch, record = index
         try:
             sample = self.source[record]
+        except (SampleError, RecordError) as error:
+            return BadSample(error.key if isinstance(error, SampleError) else f"record {record}", error.reason)
+        try:
             rng = np.random.default_rng([self.seed, epoch, record])
             targets = sample.targets
             if self.targets and len(targets) > self.targets:
                 drawn = np.sort(rng.choice(len(targets), self.targets, replace=False))
                 targets = tuple(targets[i] for i in drawn)
             images = self._images(record, sample.images, rng)
-        except SampleError as error:
-            return BadSample(error.key, error.reason)
         except ImageError as error:
             return BadSample(sample.key, error.reason)
         return Loaded(sample.key, images, targets)

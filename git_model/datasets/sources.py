@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from git_model.batch import Sample, Target
-from git_model.datasets.records import TarShards, TSVFile, expand_shards
+from git_model.datasets.records import TSVFile
+from git_model.datasets.shards import TarShards, expand_shards
 from git_model.errors import UserError, nearest, one_of
 
 
@@ -36,9 +37,7 @@ class SampleError(ValueError):
 class Source(Protocol):
     """What the loader knows of a data set."""
 
-    def __len__(self) -> int:
-        """Return the number of records."""
-        ...
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
         """Return a record, or raise SampleError."""
@@ -57,10 +56,7 @@ class ConceptualCaptions:
         split: 'train' or 'val'.
     """
 
-    FILES: Mapping[str, str] = {
-        "train": "Train_GCC-training.tsv",
-        "val": "Validation_GCC-1.1.0-Validation.tsv",
-    }
+    FILES: Mapping[str, str] = {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}
 
     def __init__(self, dir: Path, split: str = "train") -> None:
         if split not in self.FILES:

@@ -1,0 +1,300 @@
+"""Bytes -> RGB -> uint8 tensor: the one transform of training and inference.
+
+A picture is hostile until it is decoded: its kind is told from its first bytes, its size is checked
+before a pixel is allocated, and whatever is wrong is an ImageError with a short reason to count by.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, features
+
+from git_model.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 20_000
+MAX_ASPECT = 50
+MAX_FILE_BYTES = 256 * 2**20
+STRIP = 16  # resized longer side / resolution from which only the shown part is resampled
+RESIZES = ("crop", "squash", "pad")
+AUGMENTS = ("none", "flip", "dihedral", "crop", "crop+flip", "crop+dihedral")
+
+_MAGIC: dict[str, tuple[bytes, ...]] = {  # Pillow's format, or the reason to refuse -> first bytes
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "ICO": (b"\0\0\1\0",),
+    "not_image:pdf": (b"%PDF",),
+    "not_image:archive": (b"PK\3\4", b"\x1f\x8b"),
+    "unsupported:eps": (b"%!PS", b"\xc5\xd0\xd3\xc6"),  # Pillow would start Ghostscript
+    "unsupported:psd": (b"8BPS",),
+    "unsupported:jp2": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "unsupported:jxl": (b"\0\0\0\x0cJXL ", b"\xff\x0a"),
+}
+_HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+_BMP_HEADERS = [bytes((n, 0, 0, 0)) for n in (12, 40, 52, 56, 64, 108, 124)]  # "BM" alone is too weak
+_HTML = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<title", b"<meta", b"<div")
+_UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used: `reason` is a short word to count by, `detail` the decoder's words."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)  # both in args: the error survives pickling out of a worker
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(str(part) for part in self.args if part)
+
+
+def decode_image(data: bytes, *, tolerate_truncated: bool = False) -> Image.Image:
+    """Decode an encoded picture: first frame, upright, alpha on white, RGB.
+
+    Args:
+        data: a JPEG, PNG, WebP, AVIF, GIF, BMP, ICO or TIFF file.
+        tolerate_truncated: keep what a cut-off file still shows, instead of refusing it.
+
+    Raises:
+        ImageError: whatever is wrong with the picture; no other exception of the decoder gets out.
+    """
+    kind = _sniff(data)
+    if tolerate_truncated and kind == "JPEG":
+        data = data + b"\xff\xd9"  # an end marker makes libjpeg fill in the rest, progressive files too
+    try:
+        for width, height in _ico_sizes(data) if kind == "ICO" else ():
+            _check_size(width, height)  # Pillow decodes an icon when it opens it
+        with Image.open(BytesIO(data), formats=[kind]) as image:  # no other format's decoder sees the bytes
+            _check_size(*image.size)
+            if kind == "PNG" and not tolerate_truncated:  # decoding skips the checksums: noise gets through
+                Image.open(BytesIO(data), formats=[kind]).verify()
+            _load(image, tolerate_truncated)
+            turn = _turn(image)
+            rgb = _to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything, MemoryError and SyntaxError included
+        raise ImageError(_reason(error, kind, data), f"{type(error).__name__}: {error}") from error
+
+
+def _sniff(data: bytes) -> str:
+    """Return Pillow's name of the format, judged by the first bytes only."""
+    if not data.strip(b"\0\r\n\t "):
+        raise ImageError("empty", f"{len(data)} bytes")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:2] == b"BM" and data[14:18] in _BMP_HEADERS:
+        return "BMP"
+    if data[4:8] == b"ftyp":  # ISO media: major brand, version, compatible brands
+        brands = {data[i : i + 4] for i in (8, *range(16, 64, 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        raise ImageError("unsupported:heic" if brands & _HEIF else "not_image:video")
+    kind = next((kind for kind, starts in _MAGIC.items() if data.startswith(starts)), "") or _text_kind(data)
+    if ":" in kind:
+        raise ImageError(kind)
+    return kind
+
+
+def _text_kind(data: bytes) -> str:
+    head = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith(_HTML):
+        return "not_image:html"
+    if head.startswith((b"<svg", b"<?xml")) and b"<svg" in head:
+        return "unsupported:svg"
+    return "not_image:text" if all(c >= 32 or c in b"\t\r\n\f" for c in head) else "not_image:unknown"
+
+
+def _check_size(width: int, height: int) -> None:
+    short, long = sorted((abs(width), abs(height)))
+    if long > MAX_ASPECT * short:
+        raise ImageError("aspect", f"{width}x{height} is longer than {MAX_ASPECT}:1")
+    if long > MAX_SIDE or long * short > MAX_PIXELS:
+        raise ImageError("too_large", f"{width}x{height}; at most {MAX_SIDE} a side and {MAX_PIXELS} pixels")
+
+
+def _ico_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the sizes of the pictures inside an icon, which need not be what its directory says."""
+    for entry in range(6, min(6 + 16 * int.from_bytes(data[4:6], "little"), len(data) - 15), 16):
+        start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+        head = data[start : start + 24]
+        if len(head) == 24:
+            width, height = struct.unpack_from(*((">II", head, 16) if head[1:4] == b"PNG" else ("<ii", head, 4)))
+            yield width, height
+
+
+def _load(image: ImageFile.ImageFile, tolerate_truncated: bool) -> None:
+    try:
+        image.load()
+    except OSError as error:
+        if not tolerate_truncated or "truncated" not in str(error) or image.format == "JPEG":
+            raise
+        image.tile = []  # nothing left to decode: load() keeps its rows. Pillow's own flag is process-wide
+        image.load()
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return Image.Transpose(_UPRIGHT[image.getexif()[ExifTags.Base.Orientation]])
+    except Exception:  # a missing, upright or broken EXIF block: no reason to lose the picture
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB, on white; raises ImageError for float and 32-bit pictures."""
+    if image.mode in ("F", "I"):  # no agreed range: a guess shows black or white pictures
+        raise ImageError("unsupported_mode", image.mode)
+    if image.mode.startswith("I;16"):  # Pillow's convert() clips at 255: an all-white picture
+        grey = np.array(image, dtype=np.uint16)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            grey[grey == clear] = 65535
+        grey = grey // 257 + (grey % 257 > 128)  # = round(grey / 257) without leaving 16 bits
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception, kind: str, data: bytes) -> str:
+    said = str(error).lower()
+    if isinstance(error, (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return "too_large"
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        return f"unsupported:{kind.lower()}"
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"")
+    size = int.from_bytes(data[4:8], "little") + 8 if kind == "WEBP" else 0
+    if "truncated" in said or end not in data[2:] or len(data) < size:
+        return "truncated"
+    return "unsupported_mode" if "conversion from" in said else "corrupt"
+
+
+def read_image(path: str | os.PathLike[str]) -> bytes:
+    """Read an image file that a user named.
+
+    Raises:
+        UserError: missing, a folder, a pipe or device (never opened: it could hang), unreadable, too large.
+    """
+    try:
+        where = Path(path)
+        status = where.stat()
+        regular = stat.S_ISREG(status.st_mode)
+        if regular and status.st_size <= MAX_FILE_BYTES:
+            return where.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot read image '{path}': {getattr(error, 'strerror', None) or error}") from error
+    what = "too large" if regular else "a folder" if where.is_dir() else "no regular file"
+    raise UserError(f"image '{path}' is {what}; give an image file of at most {MAX_FILE_BYTES // 2**20} MB")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The one way from a picture to the encoder's input; normalising is the encoder's, on its device.
+
+    Args:
+        resolution: side of the square output in pixels.
+        resize: 'crop' = shorter side to `resolution` (bicubic), centre crop: the geometry of CLIP's own
+            preprocessing (openai/CLIP clip.py, torchvision Resize + CenterCrop); 'squash' = both sides
+            to `resolution`, nothing lost; 'pad' = longer side to `resolution`, on mean grey.
+        augment: one of AUGMENTS, applied only where a generator is given. 'flip' and 'dihedral' make
+            captions with "left" or "above" untrue; 'crop' keeps 70..100 % of the area and the aspect.
+    """
+
+    resolution: int
+    resize: str = "crop"
+    augment: str = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 1:
+            raise UserError(f"resolution {self.resolution!r} is no whole number of pixels above 0")
+        if self.resize not in RESIZES:
+            raise one_of("resize", self.resize, RESIZES)
+        if self.augment not in AUGMENTS:
+            raise one_of("augment", self.augment, AUGMENTS)
+
+    def __call__(self, data: bytes | Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+        """Return a picture as a contiguous uint8 tensor (3,H,W), H = W = resolution.
+
+        Args:
+            data: an encoded file, or a picture that is already decoded.
+            rng: augment with draws from it; None = the evaluation geometry.
+        """
+        import torch
+
+        image = _to_rgb(data) if isinstance(data, Image.Image) else decode_image(data)
+        if 0 in image.size:
+            raise ImageError("empty", f"{image.width}x{image.height}")
+        if rng is not None and "crop" in self.augment:
+            image = _random_part(image, rng)
+        pixels = np.asarray(self._resized(image))  # (H,W,3)
+        if rng is not None:
+            draw = int(rng.integers(8 if "dihedral" in self.augment else 2 if "flip" in self.augment else 1))
+            pixels = np.rot90(pixels[:, :: -1 if draw & 1 else 1], draw >> 1)  # mirror, then quarter turns
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3,H,W)
+
+    def box(self, box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
+        """Carry a box to the output frame of the evaluation geometry.
+
+        Args:
+            box: x0, y0, x1, y1 in pixels of the upright picture of `width` x `height` pixels.
+
+        Returns:
+            x0, y0, x1, y1 in output pixels, clipped; None where nothing of the box is left.
+        """
+        new_width, new_height, left, top = self._geometry(width, height)
+
+        def carry(value: float, old: int, new: int, start: int) -> float:
+            return min(max(min(max(value, 0.0), old) * new / old - start, 0.0), float(self.resolution))
+
+        x0, x1 = (carry(x, width, new_width, left) for x in (box[0], box[2]))
+        y0, y1 = (carry(y, height, new_height, top) for y in (box[1], box[3]))
+        return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+    def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return the resized width and height, and where in them the output frame starts (x, y)."""
+        side = self.resolution
+        if self.resize == "squash":
+            return side, side, 0, 0
+        if self.resize == "pad":
+            new_width, new_height = (max(1, round(side * s / max(width, height))) for s in (width, height))
+            return new_width, new_height, -((side - new_width) // 2), -((side - new_height) // 2)
+        along = int(side * max(width, height) / min(width, height))  # torchvision cuts the fraction off
+        new_width, new_height = (side, along) if width <= height else (along, side)
+        return new_width, new_height, round((new_width - side) / 2.0), round((new_height - side) / 2.0)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        side, bicubic = self.resolution, Image.Resampling.BICUBIC
+        width, height, left, top = self._geometry(image.width, image.height)
+        if max(width, height) > STRIP * side:  # 65500x1 would become a resized picture of gigabytes
+            x, y = image.width / width, image.height / height
+            right, bottom = min((left + side) * x, image.width), min((top + side) * y, image.height)
+            return image.resize((side, side), bicubic, box=(left * x, top * y, right, bottom))
+        resized = image.resize((width, height), bicubic)
+        if self.resize != "pad":
+            return resized.crop((left, top, left + side, top + side))
+        ground = Image.new("RGB", (side, side), (127, 127, 127))
+        ground.paste(resized, (-left, -top))
+        return ground
+
+
+def _random_part(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Draw a part of the picture with its aspect and 70..100 % of its area."""
+    share = float(rng.uniform(0.7, 1.0)) ** 0.5
+    w, h = max(1, round(image.width * share)), max(1, round(image.height * share))
+    left, top = int(rng.integers(image.width - w + 1)), int(rng.integers(image.height - h + 1))
+    return image.crop((left, top, left + w, top + h))
