@@ -1,0 +1,43 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check format clean soak
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+# drawn scenes -> a trained captioner -> its captions and answers on scenes unlike those it saw
+demo: $(READY)
+	$(BIN)/python inference.py -p "{'type': 'make_shapes', 'out_dir': 'data/shapes'}"
+	$(BIN)/python train.py --config checkpoints/shapes/config.yml
+	$(BIN)/python inference.py -p "{'type': 'evaluate', 'model_path': 'checkpoints/shapes/model_best.pt', \
+	  'data_dir': 'data/shapes', 'image_tsv': 'test.img.tsv', 'caption_tsv': 'test.caption.tsv', \
+	  'question_tsv': 'test.question.tsv', 'out_dir': 'inference/shapes'}"
+	@echo "look at inference/shapes/report.html and checkpoints/shapes/loss_curve.png"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# what takes longer than a test may
+soak: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) data/shapes inference/shapes

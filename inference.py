@@ -1,0 +1,64 @@
+"""Run one task: python inference.py -p "{'type': ..., ...}" prints its result as JSON; logs go to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+
+from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_OK, UserError
+from git_model.flags import Parser
+from git_model.tasks.params import escape, parse_params
+from git_model.tasks.registry import TASKS, Task, describe, run
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
+
+
+def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
+    """Read the command line, run the task, print its result."""
+    parser = Parser("inference.py", None, __doc__, describe(tasks), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-p", metavar="PARAMS", default="", help="a YAML mapping: 'type' and the task's keys")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    params = parse_params(parser.parse_args(argv).p, tasks)
+    with contextlib.redirect_stdout(sys.stderr):  # some metrics print; stdout is for the result alone
+        result = run(params, tasks)
+    text = json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    # UTF-8 whatever the locale says; a writer of its own, or a full disk fails again at exit, with code 120
+    with open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False) as out:
+        out.write(text)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line to show for a failure."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        return EXIT_IO, str(error)
+    return (
+        (130, "interrupted")
+        if isinstance(error, KeyboardInterrupt)
+        else (EXIT_BUG, f"our bug (--debug shows where): {type(error).__name__}: {error}")
+    )
+
+
+def main(argv: Sequence[str], tasks: Mapping[str, Task] = TASKS) -> int:
+    """Return the exit code; a failure is one line on stderr, a traceback only with --debug."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
+    try:
+        run_command(argv, tasks)
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explain(error)
+        trace = traceback.format_exc() if "--debug" in argv else ""
+        print(f"{trace}error: {escape(message)}", file=sys.stderr)
+        return code
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
