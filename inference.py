@@ -29,7 +29,7 @@ def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some metrics print; stdout is for the result alone
         result = run(params, tasks)
     text = json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    # UTF-8 whatever the locale says; a writer of its own, or a full disk fails again at exit, with code 120
+    # UTF-8 in any locale; a writer of its own, else a full disk fails once more at exit, with code 120
     with open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False) as out:
         out.write(text)
 
@@ -40,11 +40,9 @@ def explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in DISK:
         return EXIT_IO, str(error)
-    return (
-        (130, "interrupted")
-        if isinstance(error, KeyboardInterrupt)
-        else (EXIT_BUG, f"our bug (--debug shows where): {type(error).__name__}: {error}")
-    )
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return EXIT_BUG, f"our bug (--debug shows where): {type(error).__name__}: {error}"
 
 
 def main(argv: Sequence[str], tasks: Mapping[str, Task] = TASKS) -> int:
@@ -54,8 +52,7 @@ def main(argv: Sequence[str], tasks: Mapping[str, Task] = TASKS) -> int:
         run_command(argv, tasks)
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
-        trace = traceback.format_exc() if "--debug" in argv else ""
-        print(f"{trace}error: {escape(message)}", file=sys.stderr)
+        print((traceback.format_exc() if "--debug" in argv else "") + f"error: {escape(message)}", file=sys.stderr)
         return code
     return EXIT_OK
 

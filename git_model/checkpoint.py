@@ -150,7 +150,7 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
         UserError: no such file; not a checkpoint; tensors missing or too many (up to five are named).
     """
     path = Path(path)
-    content = read_content(path)
+    content: dict[str, Any] = read_content(path)
     if "format" not in content:
         if bare_config is None or not all(isinstance(v, Tensor) for v in content.values()):
             raise UserError(
@@ -158,19 +158,35 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
                 "image_encoder_type, language_model, mapping_type and output_grid",
                 EXIT_NO_CHECKPOINT,
             )
-        content = {"tensors": content, "config": to_dict(bare_config)}
+        held = {name.split(".")[0] for name in content}
+        names = {"vision": bare_config.vision.name, "language": bare_config.language.name}
+        frozen = {part: {"name": name} for part, name in names.items() if part not in held and name != "small"}
+        content = {"tensors": content, "config": to_dict(bare_config), "frozen": frozen}
     elif content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}", EXIT_NO_CHECKPOINT)
     config = from_dict(Config, content["config"])
     text = content.get("tokenizer")
-    held = {name.split(".")[0] for name in content["tensors"]}
+    held = _held(path, content)
     model = build_model(config, tokenizer_from_json(text) if text else None, held)
     for part in held:
         load_part(path, getattr(model, part), part, content["tensors"])
     for part, known in content.get("frozen", {}).items():
-        if fingerprint(getattr(model, part)) != known["fingerprint"]:
+        if "fingerprint" in known and fingerprint(getattr(model, part)) != known["fingerprint"]:
             log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
     return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)))
+
+
+def _held(path: Path, content: Mapping[str, Any]) -> set[str]:
+    """Return the parts whose tensors a checkpoint holds; every part is either held or named as frozen."""
+    held = {name.split(".")[0] for name in content["tensors"]}
+    if foreign := sorted(held - set(PARTS)):
+        raise UserError(
+            f"{path} holds tensors of {', '.join(foreign[:5])}; this program knows {', '.join(PARTS)}",
+            EXIT_NO_CHECKPOINT,
+        )
+    if missing := [part for part in PARTS if part not in held and part not in content.get("frozen", {})]:
+        raise UserError(f"{path} lacks the weights of: {', '.join(missing)}", EXIT_NO_CHECKPOINT)
+    return held
 
 
 def load_part(path: Path, module: nn.Module, part: str, tensors: Mapping[str, Tensor]) -> None:

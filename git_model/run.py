@@ -46,7 +46,8 @@ class Run:
         # a small decoder's tokenizer comes from the texts at hand
         small = config.language.name == "small"
         tokenizer = train_tokenizer(source.texts(), config.language.small.vocab_size) if small else None
-        self.raw_model = build_model(config, tokenizer)
+        with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
+            self.raw_model = build_model(config, tokenizer)
         if options.gradient_checkpointing:
             self.raw_model.checkpoint_activations()
         self.raw_model.train()
@@ -152,7 +153,7 @@ class Run:
         if self.step % self.config.train.log_every and self.step != self.total_steps:
             return
         rate = self.window_images / (time.monotonic() - self.window_start)
-        mean, lr = self.window_loss / self.window_tokens, self.schedule.get_last_lr()[0]
+        mean, lr = self.window_loss / self.window_tokens, float(self.schedule.get_last_lr()[0])
         self.log.write(self.step, loss=mean, lr=lr, gradient_norm=norm, images_per_second=rate)
         self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} images/s")
         self._reset_window()
@@ -197,7 +198,7 @@ class Run:
     def finish(self) -> dict[str, float]:
         """Write the report and the loss curve, leave the process group; return the last scores."""
         self.bar.close()
-        self.log.finish(self.ledger, self.guard.skipped)
+        self.log.finish(self.ledger.state(), self.guard.skipped)
         return self.scores
 
     def _restore(self, state: dict[str, Any]) -> None:

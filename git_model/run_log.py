@@ -6,11 +6,12 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from git_model.config import Config
+from git_model.datasets.files import write_all
 from git_model.schema import to_dict
-from git_model.training import SampleLedger
+from git_model.training import merge_ledgers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,11 +57,14 @@ class RunLog:
             file.write(json.dumps(line) + "\n")
         self.accelerator.log(values, step=step)
 
-    def finish(self, ledger: SampleLedger, skipped_steps: int) -> None:
-        """Write run_report.json and loss_curve.png."""
+    def finish(self, samples: dict[str, Any], skipped_steps: int) -> None:
+        """Write run_report.json, with the samples of all ranks, and loss_curve.png."""
+        from accelerate.utils import gather_object
+
+        ranks = gather_object([samples])
         if self.accelerator.is_main_process:
-            report = {"samples": ledger.state(), "skipped_steps": skipped_steps}
-            (self.folder / "run_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            report = {"samples": merge_ledgers(ranks), "skipped_steps": skipped_steps}
+            write_all([(self.folder / "run_report.json", [json.dumps(report, indent=2).encode() + b"\n"])])
             plot_loss(self.path, self.folder / "loss_curve.png")
         self.accelerator.end_training()
 

@@ -43,7 +43,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; choose --precision fp16")
     # unused branches (an attention pool beside grid features) have no gradient
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         cpu=not cuda,
@@ -185,6 +185,19 @@ class SampleLedger:
         """Go on counting from a saved state."""
         self.ok, self.truncated = state["ok"], state["truncated"]
         self.reasons, self.examples = Counter(state["reasons"]), state["examples"]
+
+
+def merge_ledgers(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sum of several ranks' `SampleLedger.state()`."""
+    whole = SampleLedger(1.0)
+    for state in states:
+        whole.ok += state["ok"]
+        whole.truncated += state["truncated"]
+        whole.reasons.update(state["reasons"])
+        for reason, keys in state["examples"].items():
+            kept = whole.examples.setdefault(reason, [])
+            kept.extend(keys[: SampleLedger.EXAMPLES - len(kept)])
+    return whole.state()
 
 
 class StepGuard:

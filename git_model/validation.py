@@ -17,7 +17,7 @@ from git_model.metrics.caption import cider
 from git_model.metrics.vqa import exact_accuracy
 from git_model.models.git import GitModel
 from git_model.models.language import Decoding
-from git_model.training import collators
+from git_model.training import SampleLedger, collators
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,17 @@ def eval_data(config: Config, source: Source, resolution: int) -> ImageTextDatas
     return ImageTextDataset(source, Transform(resolution, config.data.resize), targets=0, cache=config.data.cache)
 
 
-def predict(model: GitModel, batches: Iterable[CaptionBatch], decoding: Decoding, device: Any) -> Iterator[Prediction]:
-    """Yield what the model says to every row of left-padded batches."""
+def predict(
+    model: GitModel,
+    batches: Iterable[CaptionBatch],
+    decoding: Decoding,
+    device: Any,
+    ledger: SampleLedger | None = None,
+) -> Iterator[Prediction]:
+    """Yield what the model says to every row of left-padded batches; `ledger` counts what was skipped."""
     for batch in batches:
+        if ledger is not None:
+            ledger.add(batch)
         texts = model.generate(batch.to(device), decoding)
         for key, (target,), text in zip(batch.keys, batch.targets, texts, strict=True):
             yield Prediction(key, target, text)

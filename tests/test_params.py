@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -198,7 +199,9 @@ def test_backslash_newlines_outside_quotes_only() -> None:
     assert values("{type: what's this, \\\n b: 'it''s', \\\n}") == {"type": "what's this", "b": "it's"}
     assert values('{type: "a\\\n  b", b: "c \\"\\\n d"}') == {"type": "ab", "b": 'c "d'}
     assert values("{type: 'a \\\n b'}") == {"type": "a \\ b"}
-    assert values("{type: C:\\dir, \\\n b: \\}") == {"type": "C:\\dir", "b": "\\"}
+    assert values("{type: C:\\dir\\\n, \\\n b: \\}") == {"type": "C:\\dir\\", "b": "\\"}
+    assert values("b: \\\ntype: C:\\dir\\\n") == {"b": "\\", "type": "C:\\dir\\"}
+    assert values("{\\\ntype: [a,\\\n'b'\\\n]\\\n}")["type"] == [Scalar("a"), Scalar("b", plain=False)]
 
 
 @pytest.mark.usefixtures("yaml_reader")
@@ -279,5 +282,6 @@ SAFE = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff
 def test_texts_survive_the_round_trip(texts: dict[str, str], flow: bool) -> None:
     texts = {"type": "a", **texts}
     for style in ('"', "'", None):
-        dumped = yaml.safe_dump(texts, default_flow_style=flow, default_style=style, allow_unicode=True)
+        # a width without wrapping: a plain "a \\" wrapped there is what a shell's continuation looks like
+        dumped = yaml.safe_dump(texts, default_flow_style=flow, default_style=style, allow_unicode=True, width=math.inf)
         assert values(dumped) == texts

@@ -162,6 +162,12 @@ def test_order_is_a_function_of_seed_epoch_and_position(
     assert len(resumed) == len(list(resumed))
 
 
+def loaded(data: ImageTextDataset, index: tuple[int, int]) -> Loaded:
+    item = data[index]
+    assert isinstance(item, Loaded)
+    return item
+
+
 def test_draws_depend_on_seed_epoch_and_record_alone(tiny_tsv: Path) -> None:
     entry = {"type": "tsv", "images": "t.img.tsv", "captions": "t.caption.tsv"}
     source = build_source([entry], tiny_tsv)
@@ -172,9 +178,8 @@ def test_draws_depend_on_seed_epoch_and_record_alone(tiny_tsv: Path) -> None:
     one, two, other = make(0), make(0), make(1)
     visits = [(epoch, record) for epoch in range(3) for record in range(8)]
     shuffled = [visits[i] for i in np.random.default_rng(0).permutation(len(visits))]
-    first = {v: one[v] for v in visits}
-    assert all(
-        torch.equal(first[v].images[0], two[v].images[0]) and first[v].targets == two[v].targets for v in shuffled
-    )
-    assert any(not torch.equal(first[v].images[0], other[v].images[0]) for v in visits)
+    first, again = {v: loaded(one, v) for v in visits}, {v: loaded(two, v) for v in shuffled}
+    assert all(torch.equal(first[v].images[0], again[v].images[0]) for v in visits)
+    assert all(first[v].targets == again[v].targets for v in visits)
+    assert any(not torch.equal(first[v].images[0], loaded(other, v).images[0]) for v in visits)
     assert any(first[(0, r)].targets != first[(1, r)].targets for r in range(8))

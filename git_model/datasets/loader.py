@@ -75,9 +75,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         if self.cache is not None and record in self.cache:
             kept = self.cache[record]
         else:
-            kept = tuple(decode_image(data) for data in files)
-            if not self.augment:
-                kept = tuple(self.transform(picture) for picture in kept)
+            kept: tuple[Any, ...] = tuple(decode_image(d) if self.augment else self.transform(d) for d in files)
             if self.cache is not None:
                 self.cache[record] = kept
         return tuple(self.transform(picture, rng) for picture in kept) if self.augment else kept
@@ -146,8 +144,8 @@ class GlobalSampler(Sampler[list[Index]]):
 
 def train_loader(
     dataset: ImageTextDataset, sampler: GlobalSampler, collator: Collator, *, workers: int, timeout: int
-) -> DataLoader[CaptionBatch]:
-    """Return the loader of training batches."""
+) -> DataLoader[Any]:
+    """Return the loader of training batches; it yields CaptionBatch."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from git_model.batch import Sample, Target
+from git_model.datasets.files import RecordError
 from git_model.datasets.records import TSVFile
 from git_model.datasets.shards import TarShards, expand_shards
 from git_model.errors import UserError, nearest, one_of
@@ -76,7 +77,8 @@ class ConceptualCaptions:
 
     def texts(self) -> Iterator[str]:
         """Yield every caption."""
-        yield from (columns[0].strip() for columns in self.rows)
+        for columns in _rows(self.rows):
+            yield columns[0].strip()
 
 
 class TSVPair:
@@ -131,9 +133,12 @@ class TSVPair:
     def texts(self) -> Iterator[str]:
         """Yield every caption, question and answer."""
         for file in filter(None, (self.captions, self.questions)):
-            for columns in file:
-                for entry in json.loads(columns[1]):
-                    target = Target(entry["caption"]) if "caption" in entry else _question(entry)
+            for columns in _rows(file):
+                try:
+                    entries = [Target(e["caption"]) if "caption" in e else _question(e) for e in json.loads(columns[1])]
+                except (IndexError, KeyError, TypeError, ValueError):
+                    continue  # counted when the record is drawn
+                for target in entries:
                     yield from filter(None, (target.prompt, target.text))
 
 
@@ -180,7 +185,7 @@ class WebDataset:
             try:
                 record = self.records[index]
                 yield from self._captions(record.key, record.members)
-            except SampleError:
+            except (SampleError, RecordError):
                 continue  # counted when the record is drawn
 
 
@@ -284,6 +289,15 @@ def _question(entry: Mapping[str, Any]) -> Target:
     answer = str(entry.get("answer", answers[0] if answers else ""))
     number = entry.get("question_id")
     return Target(answer, str(entry["question"]), number, answers or ((answer,) if answer else ()))
+
+
+def _rows(file: TSVFile) -> Iterator[list[str]]:
+    """Yield the readable rows of a file; the others are counted when they are drawn."""
+    for index in range(len(file)):
+        try:
+            yield file[index]
+        except RecordError:
+            continue
 
 
 def _file(path: Path, what: str) -> Path:

@@ -7,6 +7,7 @@ is checked when the config is read (`config.MAPPER_FEATURES`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ MAPPERS: dict[str, Builder] = {
 }
 
 
-def build_mapper(config: MapperConfig, dim_in: int, dim_out: int, num_in: int) -> nn.Module:
+def build_mapper(config: MapperConfig, dim_in: int, dim_out: int, num_in: int) -> Any:
     """Return the mapper of `config`.
 
     Args:

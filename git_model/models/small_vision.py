@@ -93,15 +93,29 @@ def join_maps(maps: list[Tensor], cells: tuple[int, int]) -> Tensor:
     return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)  # (I,N,D)
 
 
-def _stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2, each with GroupNorm (no batch statistics: batch == single) and GELU."""
+class Residual(nn.Module):
+    """A 3x3 convolution with GroupNorm and GELU, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = _convolution(channels, channels, stride=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(I,C,h,w) -> (I,C,h,w)."""
+        return maps + self.net(maps)  # (I,C,h,w)
+
+
+def _convolution(before: int, after: int, stride: int) -> nn.Sequential:
+    """3x3 convolution, GroupNorm (no batch statistics: batch == single), GELU."""
+    convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, after), after), nn.GELU())
+
+
+def _stem(channels: tuple[int, ...], blocks: int, width: int) -> nn.Sequential:
+    """Convolutions of stride 2, each followed by `blocks` residual ones."""
     steps: list[nn.Module] = []
     for before, after in zip((3, *channels), channels, strict=False):
-        steps += [
-            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1),
-            nn.GroupNorm(math.gcd(8, after), after),
-            nn.GELU(),
-        ]
+        steps += [_convolution(before, after, stride=2), *(Residual(after) for _ in range(blocks))]
     if channels[-1] != width:
         steps.append(nn.Conv2d(channels[-1], width, kernel_size=1))
     return nn.Sequential(*steps)
@@ -115,6 +129,7 @@ class SmallVision(nn.Module):
         depth: number of blocks.
         heads: attention heads of a block.
         stem: output channels of the stride-2 convolutions.
+        blocks: residual convolutions after each of them.
         dropout: of the blocks.
         resolution: side in pixels the position table is made for; other inputs interpolate it.
         features: 'pooled' (mean over the cells) or 'grid'.
@@ -127,6 +142,7 @@ class SmallVision(nn.Module):
         depth: int,
         heads: int,
         stem: tuple[int, ...],
+        blocks: int,
         dropout: float,
         resolution: int,
         features: str,
@@ -135,7 +151,7 @@ class SmallVision(nn.Module):
         super().__init__()
         self.features, self.layers = features, layers
         side = resolution // 2 ** len(stem)
-        self.stem = _stem(stem, width)
+        self.stem = _stem(stem, blocks, width)
         self.positions = nn.Parameter(torch.empty(side * side, width))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.blocks = nn.ModuleList(
@@ -168,7 +184,7 @@ def small_plan(config: VisionConfig) -> EncoderPlan:
     small = config.small
     cell = 2 ** len(small.stem)
     side = input_side(config, max(SMALL_RESOLUTION, cell), cell)
-    shape = (small.width, small.depth, small.heads, small.stem, small.dropout)
+    shape = (small.width, small.depth, small.heads, small.stem, small.blocks, small.dropout)
     layers = layer_numbers(config, small.depth)
 
     def make() -> nn.Module:

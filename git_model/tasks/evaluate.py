@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from git_model.errors import UserError
+from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def evaluate(
     beams: Annotated[int, Range(1, 64)] = 1,
     max_new_tokens: Annotated[int, Range(1, 1024)] = 40,
     limit: Annotated[int, Range(1, 10**9)] | None = None,
+    max_bad: Annotated[float, Range(0, 1)] = 0.01,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Caption and answer a whole set, score it beside blank pictures, write report.html and scores.json.
@@ -41,11 +42,12 @@ def evaluate(
     from tqdm import tqdm
 
     from git_model.checkpoint import load_checkpoint
+    from git_model.datasets.files import write_all
     from git_model.datasets.sources import build_source
     from git_model.models.language import Decoding
     from git_model.tasks.caption import pick_device
     from git_model.tasks.report import write_report
-    from git_model.training import collators
+    from git_model.training import SampleLedger, collators
     from git_model.validation import eval_batches, eval_data, predict, scores
 
     loaded = load_checkpoint(model_path)
@@ -57,23 +59,34 @@ def evaluate(
     decoding = Decoding(beams, max_new_tokens)
     model.to(where)
 
+    ledger = SampleLedger(1.0)  # counts here; judged at the end, when the report is written
+
     def answers(blank: bool) -> list[Prediction]:
         batches: Iterable[CaptionBatch] = eval_batches(data, ask, batch_size=batch_size, limit=limit)
         count = -(-min(limit or len(data), len(data)) // batch_size)
         name = "blank pictures" if blank else "pictures"
         shown = tqdm(batches, total=count, desc=name, unit="batch")
-        return list(predict(model, _blank(shown) if blank else shown, decoding, where))
+        if blank:
+            return list(predict(model, _blank(shown), decoding, where))
+        return list(predict(model, shown, decoding, where, ledger))
 
     predictions, blind = answers(False), answers(True)
     if not predictions:
         raise UserError("none of the samples could be used")
     result: dict[str, Any] = {"model_path": model_path, "scores": scores(predictions), "blank_image": scores(blind)}
-    result |= _ceiling(predictions)
+    result |= _ceiling(predictions) | {"samples": ledger.state()}
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     result["report"] = str(write_report(out / "report.html", records, predictions, result))
     result["predictions"] = str(_write_predictions(out, predictions))
-    (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_all([(out / "scores.json", [json.dumps(result, indent=2).encode() + b"\n"])])
+    bad = sum(ledger.reasons.values())
+    if bad > max_bad * (ledger.ok + bad):
+        raise UserError(
+            f"{bad} of {ledger.ok + bad} samples are unusable, more than max_bad {max_bad}: {ledger.summary()}; "
+            f"the scores of the others are in {out / 'scores.json'}",
+            EXIT_TOO_MANY_BAD,
+        )
     return result
 
 
@@ -111,10 +124,12 @@ def _ceiling(predictions: list[Prediction]) -> dict[str, float]:
 
 def _write_predictions(out: Path, predictions: list[Prediction]) -> Path:
     """Write one JSON line per prompt; the file appears whole or not at all."""
-    path, temporary = out / "predictions.jsonl", out / ".tmp-predictions.jsonl"
-    with open(temporary, "w", encoding="utf-8") as file:
-        for p in predictions:
-            line = {"key": p.key, "question_id": p.target.question_id, "prompt": p.target.prompt, "text": p.text}
-            file.write(json.dumps(line, sort_keys=True) + "\n")
-    temporary.replace(path)
+    from git_model.datasets.files import write_all
+
+    path = out / "predictions.jsonl"
+    lines = (
+        {"key": p.key, "question_id": p.target.question_id, "prompt": p.target.prompt, "text": p.text}
+        for p in predictions
+    )
+    write_all([(path, (json.dumps(line, sort_keys=True).encode() + b"\n" for line in lines))])
     return path

@@ -30,10 +30,11 @@ SHOWN = 80  # characters of a value that a message repeats
 _FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
-# A quoted YAML scalar, or the shell's line continuation outside of one. A quote opens only where a
-# value may start ("what's" is no opening quote). `*+`: no backtracking, so the time stays linear.
+# A quoted YAML scalar, or a shell's line continuation outside of one. A quote opens only where a value may
+# start ("what's" opens none), and a backslash that ends a plain value (C:\data\) is part of it.
+# `*+`: no backtracking, so the time stays linear.
 _CONTINUATION = re.compile(
-    r"""(?<![^\s{\[,:])(?:"(?:[^"\\]|\\.)*+"|'(?:[^']|'')*+')|\\[ \t]*(?:\r\n|\n|\r)""", re.DOTALL
+    r"""(?<![^\s{\[,:])(?:"(?:[^"\\]|\\.)*+"|'(?:[^']|'')*+')|(?<=[\s{\[,\]}"'])\\[ \t]*(?:\r\n|\n|\r)""", re.DOTALL
 )
 _NULLS = frozenset({"", "~", "null", "Null", "NULL", "None"})
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -103,7 +104,7 @@ def parse_params(text: str, task_types: Iterable[str] = ()) -> dict[str, Node]:
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise UserError(f"-p is longer than {MAX_BYTES} bytes")
     _check_characters(text)
-    if "\\" in text:
+    if text.lstrip().startswith("{"):  # in block style a line's end means something
         text = _CONTINUATION.sub(lambda m: "" if m[0][0] == "\\" else m[0], text)
     root = _build(_events(text))
     if not isinstance(root, dict):

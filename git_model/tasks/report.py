@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from git_model.batch import Sample
     from git_model.datasets.sources import Source
     from git_model.validation import Prediction
 
@@ -27,7 +28,9 @@ ul { margin: .3rem 0; padding-left: 1.2rem; }
 PICTURES = 60
 
 
-def write_report(path: Path, source: Source, predictions: Iterable[Prediction], result: dict[str, Any]) -> Path:
+def write_report(
+    path: Path, source: Sequence[Sample] | Source, predictions: Iterable[Prediction], result: dict[str, Any]
+) -> Path:
     """Write the page and return its path.
 
     Args:
@@ -55,9 +58,9 @@ def write_report(path: Path, source: Source, predictions: Iterable[Prediction], 
         f"<p>{html.escape(str(result['model_path']))}, {len(groups)} pictures, {len(articles)} shown.</p>"
         f"{_table(result)}{''.join(articles)}</html>\n"
     )
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    from git_model.datasets.files import write_all
+
+    write_all([(path, [page.encode()])])
     return path
 
 
