@@ -21,17 +21,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 
 def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     """Read the command line, run the task, print its result."""
-    parser = Parser("inference.py", None, __doc__, describe(tasks), allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = argparse.RawDescriptionHelpFormatter
+    parser = Parser("inference.py", None, __doc__, describe(tasks), formatter_class=lines, allow_abbrev=False)
     parser.add_argument("-p", metavar="PARAMS", default="", help="a YAML mapping: 'type' and the task's keys")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     params = parse_params(parser.parse_args(argv).p, tasks)
     with contextlib.redirect_stdout(sys.stderr):  # some metrics print; stdout is for the result alone
-        result = run(params, tasks)
-    text = json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(run(params, tasks), ensure_ascii=False, indent=2, allow_nan=False)
     # UTF-8 in any locale; a writer of its own, else a full disk fails once more at exit, with code 120
     with open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False) as out:
-        out.write(text)
+        print(text, file=out)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -50,11 +49,11 @@ def main(argv: Sequence[str], tasks: Mapping[str, Task] = TASKS) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
     try:
         run_command(argv, tasks)
+        return EXIT_OK
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
         print((traceback.format_exc() if "--debug" in argv else "") + f"error: {escape(message)}", file=sys.stderr)
         return code
-    return EXIT_OK
 
 
 if __name__ == "__main__":

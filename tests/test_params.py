@@ -130,7 +130,7 @@ REFUSED = {
     "100k keys": ("{" + ", ".join(f"k{i}: 1" for i in range(100_000)) + "}", "longer than 65536 bytes"),
     "10 MB": ("{type: '" + "x" * 10_000_000 + "'}", "longer than 65536 bytes"),
     "64 KiB in bytes": ("{type: '" + "é" * 33_000 + "'}", "longer than 65536 bytes"),
-    "2049 values": ("{type: [" + "a, " * 2049 + "]}", "more than 2048 values"),
+    "2049 values": ("{type: [" + "a, " * 2047 + "]}", "more than 2048 values"),
     "NUL": ("{type: 'a\0'}", "U+0000"),
     "escaped NUL": ('{type: "a\\0"}', "U+0000"),
     "escaped NUL in a key": ('{type: a, "b\\0": 1}', "U+0000"),
@@ -140,7 +140,9 @@ REFUSED = {
     "text reordering": ("{type: 'a\u202egpj.exe'}", "U+202E"),
     "terminal escape": ("{type: '\x1b[2J'}", "U+001B"),
     "escaped terminal escape": ('{type: "\\e[2J"}', "U+001B"),
-    "no such character": ('{type: "\\UFFFFFFFF"}', ""),
+    "no such character": ('{type: "\\U00110000"}', "not valid YAML"),
+    "no such character, larger": ('{type: "\\UFFFFFFFF"}', "not valid YAML"),
+    "a long list, shown in short": ("[" + f"'{'x' * 70}', " * 100 + "]", ", 'x..."),
 }
 
 
@@ -202,6 +204,13 @@ def test_backslash_newlines_outside_quotes_only() -> None:
     assert values("{type: C:\\dir\\\n, \\\n b: \\}") == {"type": "C:\\dir\\", "b": "\\"}
     assert values("b: \\\ntype: C:\\dir\\\n") == {"b": "\\", "type": "C:\\dir\\"}
     assert values("{\\\ntype: [a,\\\n'b'\\\n]\\\n}")["type"] == [Scalar("a"), Scalar("b", plain=False)]
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    assert "type" in parse_params("{type: " + "[" * 15 + "]" * 15 + "}")
+    assert len(parse_params("{type: a, " + ", ".join(f"k{i}: 1" for i in range(255)) + "}")) == 256
+    assert values("{type: [" + "a, " * 2046 + "]}") == {"type": [Scalar("a")] * 2046}
+    assert parse_params("{type: " + "x" * (65536 - 8) + "}")["type"] == Scalar("x" * 65528)
 
 
 @pytest.mark.usefixtures("yaml_reader")

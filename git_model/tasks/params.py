@@ -31,8 +31,7 @@ _FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
 # A quoted YAML scalar, or a shell's line continuation outside of one. A quote opens only where a value may
-# start ("what's" opens none), and a backslash that ends a plain value (C:\data\) is part of it.
-# `*+`: no backtracking, so the time stays linear.
+# start ("what's" opens none); a backslash that ends a plain value (C:\data\) is its own. `*+`: linear time.
 _CONTINUATION = re.compile(
     r"""(?<![^\s{\[,:])(?:"(?:[^"\\]|\\.)*+"|'(?:[^']|'')*+')|(?<=[\s{\[,\]}"'])\\[ \t]*(?:\r\n|\n|\r)""", re.DOTALL
 )
@@ -67,7 +66,7 @@ class Range:
     high: float = math.inf
 
     def __str__(self) -> str:
-        return f"from {self.low:g} to {self.high:g}"
+        return f"from {self.low:.12g} to {self.high:.12g}"
 
 
 def escape(text: str) -> str:
