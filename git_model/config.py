@@ -47,8 +47,6 @@ class SmallVisionConfig:
 
     stem: tuple[int, ...] = (32, 64, 128)
     """channels of the stride-2 convolutions: three of them turn 64 px into an 8 x 8 grid"""
-    blocks: int = 1
-    """residual convolutions after each of them"""
     width: int = 128
     depth: int = 2
     heads: int = 4

@@ -62,7 +62,7 @@ class Grid(nn.Module):
         self.num_tokens = num_in
         self.norm = nn.LayerNorm(dim_in)
         self.linear = nn.Linear(dim_in, dim_out)
-        self.position = nn.Parameter(torch.randn(num_in, dim_out) * 0.02)  # (N,E)
+        self.position = nn.Parameter(torch.randn(num_in, dim_out) * 0.3)  # (N,E), half as strong as what it is added to
 
     def forward(self, features: Tensor) -> Tensor:
         """(I,N,D) -> (I,N,E)."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from git_model.config import VisionConfig
 from git_model.errors import UserError
 
+# as strong as the stem's output; from 0.02 (ViT's) a shape that spans cells is learned several times slower
+POSITION_STD = 0.5
+
 Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of R, G, B in 0..1
 HALF_STATS: Stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SMALL_RESOLUTION = 64
@@ -93,29 +96,15 @@ def join_maps(maps: list[Tensor], cells: tuple[int, int]) -> Tensor:
     return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)  # (I,N,D)
 
 
-class Residual(nn.Module):
-    """A 3x3 convolution with GroupNorm and GELU, added to its input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = _convolution(channels, channels, stride=1)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(I,C,h,w) -> (I,C,h,w)."""
-        return maps + self.net(maps)  # (I,C,h,w)
-
-
-def _convolution(before: int, after: int, stride: int) -> nn.Sequential:
-    """3x3 convolution, GroupNorm (no batch statistics: batch == single), GELU."""
-    convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
-    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, after), after), nn.GELU())
-
-
-def _stem(channels: tuple[int, ...], blocks: int, width: int) -> nn.Sequential:
-    """Convolutions of stride 2, each followed by `blocks` residual ones."""
+def _stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
+    """3x3 convolutions of stride 2, each with GroupNorm (no batch statistics: batch == single) and GELU."""
     steps: list[nn.Module] = []
     for before, after in zip((3, *channels), channels, strict=False):
-        steps += [_convolution(before, after, stride=2), *(Residual(after) for _ in range(blocks))]
+        steps += [
+            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1),
+            nn.GroupNorm(math.gcd(8, after), after),
+            nn.GELU(),
+        ]
     if channels[-1] != width:
         steps.append(nn.Conv2d(channels[-1], width, kernel_size=1))
     return nn.Sequential(*steps)
@@ -129,7 +118,6 @@ class SmallVision(nn.Module):
         depth: number of blocks.
         heads: attention heads of a block.
         stem: output channels of the stride-2 convolutions.
-        blocks: residual convolutions after each of them.
         dropout: of the blocks.
         resolution: side in pixels the position table is made for; other inputs interpolate it.
         features: 'pooled' (mean over the cells) or 'grid'.
@@ -142,7 +130,6 @@ class SmallVision(nn.Module):
         depth: int,
         heads: int,
         stem: tuple[int, ...],
-        blocks: int,
         dropout: float,
         resolution: int,
         features: str,
@@ -151,9 +138,9 @@ class SmallVision(nn.Module):
         super().__init__()
         self.features, self.layers = features, layers
         side = resolution // 2 ** len(stem)
-        self.stem = _stem(stem, blocks, width)
+        self.stem = _stem(stem, width)
         self.positions = nn.Parameter(torch.empty(side * side, width))
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.normal_(self.positions, std=POSITION_STD)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
@@ -184,7 +171,7 @@ def small_plan(config: VisionConfig) -> EncoderPlan:
     small = config.small
     cell = 2 ** len(small.stem)
     side = input_side(config, max(SMALL_RESOLUTION, cell), cell)
-    shape = (small.width, small.depth, small.heads, small.stem, small.blocks, small.dropout)
+    shape = (small.width, small.depth, small.heads, small.stem, small.dropout)
     layers = layer_numbers(config, small.depth)
 
     def make() -> nn.Module:
