@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format clean soak
+.PHONY: demo test check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,10 +23,6 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
-
-# what takes longer than a test may
-soak: $(READY)
-	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -106,8 +106,10 @@ def test_evaluate_scores_and_writes_the_page(model_path: Path, tiny_tsv: Path, t
             "question_tsv": "t.question.tsv",
             "out_dir": str(tmp_path / "out"),
             "limit": 12,
+            "baselines": True,
         }
     )
+    assert set(result["blind_captions"]) == {"most_frequent", "random"}
     assert set(result["scores"]) == set(result["blank_image"]) == {"cider", "accuracy"}
     assert result["references_cider"] >= 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

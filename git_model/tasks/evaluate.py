@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from git_model.batch import CaptionBatch
+    from git_model.datasets.sources import Source
     from git_model.validation import Prediction
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,13 @@ def evaluate(
     max_new_tokens: Annotated[int, Range(1, 1024)] = 40,
     limit: Annotated[int, Range(1, 10**9)] | None = None,
     max_bad: Annotated[float, Range(0, 1)] = 0.01,
+    baselines: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Caption and answer a whole set, score it beside blank pictures, write report.html and scores.json.
 
     The set is an image TSV with captions and/or questions, or `source: val` / `source: train`: the recipe's own.
+    `baselines` adds the CIDEr of the most frequent and of a random training caption.
     """
     from tqdm import tqdm
 
@@ -75,6 +78,8 @@ def evaluate(
         raise UserError("none of the samples could be used")
     result: dict[str, Any] = {"model_path": model_path, "scores": scores(predictions), "blank_image": scores(blind)}
     result |= _ceiling(predictions) | {"samples": ledger.state()}
+    if baselines:
+        result["blind_captions"] = _baselines(build_source(config.data.train, data_dir), predictions, config.train.seed)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     result["report"] = str(write_report(out / "report.html", records, predictions, result))
@@ -111,6 +116,17 @@ def _blank(batches: Iterable[CaptionBatch]) -> Iterator[CaptionBatch]:
 
     for batch in batches:
         yield replace(batch, images=batch.images * 0 + 127)
+
+
+def _baselines(train: Source, predictions: list[Prediction], seed: int) -> dict[str, float]:
+    """Return what captions score that were chosen without looking at the picture."""
+    from git_model.metrics.caption import blind_baselines
+
+    known = [t.text for i in range(len(train)) for t in train[i].targets if t.question_id is None]
+    references = {p.key: p.target.answers for p in predictions if p.target.question_id is None}
+    if not known or not references:
+        raise UserError("baselines needs captions in the training set and in the set that is scored")
+    return blind_baselines(known, references, seed)
 
 
 def _ceiling(predictions: list[Prediction]) -> dict[str, float]:
