@@ -11,6 +11,7 @@ import inspect
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -226,9 +227,7 @@ class Joined:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
-        self.ends: list[int] = []
-        for source in sources:
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(source))
+        self.ends = list(accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -239,8 +238,7 @@ class Joined:
 
     def texts(self) -> Iterator[str]:
         """Yield the texts of every source."""
-        for source in self.sources:
-            yield from source.texts()
+        return chain.from_iterable(source.texts() for source in self.sources)
 
 
 DATASETS: dict[str, Callable[..., Source]] = {
@@ -267,16 +265,11 @@ def build_source(entries: Sequence[Mapping[str, Any]], dir: str | Path) -> Sourc
         kind = str(arguments.pop("type", ""))
         if kind not in DATASETS:
             raise one_of("data source type", kind, DATASETS)
-        allowed = [p for p in inspect.signature(DATASETS[kind]).parameters if p != "dir"]
-        for key in arguments:
-            if key not in allowed:
-                raise UserError(f"unknown key '{key}' of source '{kind}'{nearest(key, allowed)}; one of: {allowed}")
-        missing = [
-            p.name
-            for p in inspect.signature(DATASETS[kind]).parameters.values()
-            if p.default is p.empty and p.name != "dir" and p.name not in arguments
-        ]
-        if missing:
+        allowed = {n: p for n, p in inspect.signature(DATASETS[kind]).parameters.items() if n != "dir"}
+        if unknown := [key for key in arguments if key not in allowed]:
+            near = nearest(unknown[0], allowed)
+            raise UserError(f"unknown key '{unknown[0]}' of source '{kind}'{near}; one of: {', '.join(allowed)}")
+        if missing := [n for n, p in allowed.items() if p.default is p.empty and n not in arguments]:
             raise UserError(f"source '{kind}' needs {', '.join(missing)}")
         sources.append(DATASETS[kind](Path(dir), **arguments))
     if sum(map(len, sources)) == 0:

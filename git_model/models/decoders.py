@@ -35,6 +35,7 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
     from transformers import GPT2Config, LlamaConfig, OPTConfig
 
     small = config.small
+    spread = small.width**-0.5  # the libraries' 0.02 is for widths near 1,000: here attention would start out blind
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.eos_token_id,
@@ -49,6 +50,7 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
             resid_pdrop=small.dropout,
             embd_pdrop=small.dropout,
             attn_pdrop=small.dropout,
+            initializer_range=spread,
             activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new in one kernel
             **ids,
         )
@@ -61,6 +63,7 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
             num_attention_heads=small.heads,
             max_position_embeddings=small.positions,
             dropout=small.dropout,
+            init_std=spread,
             **ids,
         )
     return LlamaConfig(
@@ -70,5 +73,6 @@ def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
         num_attention_heads=small.heads,
         max_position_embeddings=small.positions,
         tie_word_embeddings=True,
+        initializer_range=spread,
         **ids,
     )
