@@ -37,3 +37,4 @@ format: $(READY)
 
 clean:
 	rm -rf $(VENV) data/shapes inference/shapes
+	find checkpoints -type f ! -name config.yml -delete

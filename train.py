@@ -17,7 +17,11 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: bad input, too many unusable samples, or repeated non-finite steps.
     """
-    from git_model.run import Run  # torch comes only now that the command line is known to be right
+    from git_model.datasets.sources import checked_entry
+
+    for entry in (*config.data.train, *config.data.val):
+        checked_entry(entry)
+    from git_model.run import Run  # torch comes only now that the recipe is known to be right
 
     run, options = Run(config), config.train
     for micro in run.steps():

@@ -8,6 +8,7 @@ Shape letters, used in every tensor comment of the project:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +103,16 @@ class CaptionBatch:
         """How many tokens of this batch are trained on."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def pin_memory(self) -> CaptionBatch:
+        """Return the batch with its tensors in pinned memory, for the loader."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device: Any, non_blocking: bool = True) -> CaptionBatch:
         """Return the batch with its tensors on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CaptionBatch:
         import torch
 
-        tensors = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in tensors}
-        return replace(self, **moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, torch.Tensor)})

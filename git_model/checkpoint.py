@@ -3,8 +3,8 @@
 `model-000.pt` (after epoch 0), `model_best.pt` and `model_latest.pt` hold the trained tensors, the whole config, the
 tokenizer where it was trained here, and names and fingerprints of the frozen parts that can be fetched again. They
 are read with `weights_only=True`: no code in them runs. `state-<step>.pt` beside `model_latest.pt` holds what only
-going on needs. Every file is written under a temporary name, synced and renamed; `model_latest.pt` comes last, so a
-crash leaves the older pair in force.
+going on needs (resume.py). Every file is written under a temporary name, synced and renamed; `model_latest.pt` comes
+last, so a crash leaves the older pair in force.
 """
 
 from __future__ import annotations
@@ -96,9 +96,26 @@ def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(
-    path: Path, model: GitModel, config: Config, *, step: int, epoch: int, metrics: Mapping[str, float] | None = None
+    path: Path,
+    model: GitModel,
+    config: Config,
+    *,
+    step: int,
+    epoch: int,
+    metrics: Mapping[str, float] | None = None,
+    world: int = 1,
 ) -> None:
-    """Write a model file; see the module's docstring."""
+    """Write a model file; see the module's docstring.
+
+    Args:
+        path: of the file.
+        model: unwrapped.
+        config: the run's.
+        step: optimiser steps done.
+        epoch: the one the next step is in.
+        metrics: the last validation's.
+        world: number of processes.
+    """
     kept = saved_parts(model)
     tensors = {
         f"{part}.{name}": tensor.detach().cpu()
@@ -117,6 +134,7 @@ def save_checkpoint(
         "metrics": dict(metrics or {}),
         "step": step,
         "epoch": epoch,
+        "samples_a_step": config.train.batch_size * config.train.accumulation * world,
     }
     write_atomically(path, content)
 
@@ -209,43 +227,3 @@ def load_part(path: Path, module: nn.Module, part: str, tensors: Mapping[str, Te
             f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
         )
     module.load_state_dict(own)
-
-
-def save_latest(
-    folder: Path, model: GitModel, config: Config, state: Mapping[str, Any], metrics: Mapping[str, float]
-) -> None:
-    """Write `state-<step>.pt`, then `model_latest.pt`, then drop the older state.
-
-    Args:
-        folder: the run's.
-        model: unwrapped.
-        config: the run's.
-        state: holds `step` and `epoch` and what `training` needs to go on.
-        metrics: the last validation's.
-    """
-    step = int(state["step"])
-    write_atomically(folder / f"state-{step:09d}.pt", state)
-    save_checkpoint(folder / LATEST, model, config, step=step, epoch=int(state["epoch"]), metrics=metrics)
-    for old in folder.glob("state-*.pt"):
-        if old.name != f"state-{step:09d}.pt":
-            old.unlink(missing_ok=True)
-
-
-def load_latest(folder: Path, model: GitModel) -> dict[str, Any] | None:
-    """Bring `model` and the returned state to where the run in `folder` stopped; None where there is no run.
-
-    Raises:
-        UserError: a part of the pair is missing or does not fit: never trains on from half a state.
-    """
-    if not (folder / LATEST).is_file():
-        return None
-    content = read_content(folder / LATEST)
-    state_path = folder / f"state-{int(content.get('step', -1)):09d}.pt"
-    if not state_path.is_file():
-        raise UserError(f"{folder / LATEST} is there but {state_path.name} is not; --resume no starts anew")
-    held = {name.split(".")[0] for name in content["tensors"]}
-    if held != set(saved_parts(model)):
-        raise UserError(f"{folder / LATEST} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
-    for part in held:
-        load_part(folder / LATEST, getattr(model, part), part, content["tensors"])
-    return read_content(state_path)

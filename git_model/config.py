@@ -13,6 +13,8 @@ from git_model.errors import UserError, one_of
 
 FEATURES = ("pooled", "grid")
 PARTS = ("vision", "mapper", "language")
+AUGMENTS = ("none", "flip", "dihedral", "crop", "crop+flip", "crop+dihedral")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # which features each mapper can read, and why not the others
 MAPPER_FEATURES: dict[str, tuple[str, ...]] = {
     "none": FEATURES,
@@ -130,13 +132,14 @@ class LanguageConfig:
     """a Hugging Face id or directory, or 'small'"""
     prefix_attention: str = "causal"
     """'bidirectional': image tokens see each other (GIT); 'causal': the decoder's own mask"""
-    dtype: str = "float32"
-    """of a frozen decoder's weights: float32, float16, bfloat16 (trained parts are always float32)"""
+    dtype: str = "auto"
+    """of a frozen decoder's weights: float32, float16, bfloat16; 'auto' follows train.precision.
+    Trained parts are always float32"""
     small: SmallLanguageConfig = field(default_factory=SmallLanguageConfig)
 
     def __post_init__(self) -> None:
         _choice("language.prefix_attention", self.prefix_attention, ("causal", "bidirectional"))
-        _choice("language.dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        _choice("language.dtype", self.dtype, ("auto", *DTYPES.values()))
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _choice("data.resize", self.resize, ("crop", "squash", "pad"))
+        _choice("data.augment", self.augment, AUGMENTS)
         _check(self.targets >= 0, f"data.targets {self.targets} is below 0")
         _check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")
         _check(0 <= self.max_bad <= 1, f"data.max_bad {self.max_bad} is no share between 0 and 1")
@@ -227,7 +231,11 @@ class TrainConfig:
             "max_bad_steps",
         ):
             _check(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} is below 1")
-        _check(self.lr > 0, f"train.lr {self.lr} is not above 0")
+        for name in ("lr", "lr_vision", "lr_mapper", "lr_language"):
+            rate = getattr(self, name)
+            _check(rate is None or rate > 0, f"train.{name} {rate} is not above 0 (--freeze stops a part)")
+        _check(0 <= self.seed < 2**31, f"train.seed {self.seed} is not between 0 and {2**31 - 1}")
+        _check(0 <= self.label_smoothing < 1, f"train.label_smoothing {self.label_smoothing} is not in [0, 1)")
         _check(self.warmup >= 0, f"train.warmup {self.warmup} is below 0")
 
 
@@ -244,3 +252,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.vision.features not in MAPPER_FEATURES[self.mapper.type]:
             raise UserError(f"{PAIR_ADVICE[self.mapper.type]} (got {self.vision.features} features)")
+        # gradients pass through a frozen half-precision decoder; without the scaler fp16 loses them
+        if self.language.dtype == "float16" and self.train.precision != "fp16":
+            raise UserError("language.dtype float16 needs --precision fp16 (its scaler); or choose --lm_dtype bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from git_model import checkpoint, training, validation
+from git_model import checkpoint, resume, training, validation
 from git_model.batch import CaptionBatch
 from git_model.config import Config
 from git_model.datasets.loader import GlobalSampler, train_loader
 from git_model.datasets.sources import build_source
+from git_model.errors import UserError
 from git_model.models.build import build_model
 from git_model.run_log import RunLog
-from git_model.tokens import train_tokenizer
+from git_model.tokens import tokenizer_from_json, train_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +46,13 @@ class Run:
         val_source = build_source(config.data.val, config.data.dir)
 
         # a small decoder's tokenizer comes from the texts at hand
-        small = config.language.name == "small"
-        tokenizer = train_tokenizer(source.texts(), config.language.small.vocab_size) if small else None
+        going_on = options.resume == "auto"
+        latest = resume.read_latest(self.folder, config, self.accelerator.num_processes) if going_on else None
+        tokenizer = None
+        if config.language.name == "small":
+            saved: Any = latest and latest["tokenizer"]
+            size = config.language.small.vocab_size
+            tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
         with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
             self.raw_model = build_model(config, tokenizer)
         if options.gradient_checkpointing:
@@ -79,12 +86,15 @@ class Run:
         self.step, self.best, self.scores = 0, float("-inf"), {}
         self.epoch, self.epoch_step = 0, 0  # of the next step
 
-        state = checkpoint.load_latest(self.folder, self.raw_model) if options.resume == "auto" else None
+        self._reset_window()
+        state = resume.load_latest(self.folder, latest, self.raw_model) if latest else None
         if state:
             self._restore(state)
+        else:
+            self.log.trim(-1)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.optimizer)
         self.scaler = self.accelerator.scaler
-        if state and self.scaler is not None:
+        if state and state["scaler"] and self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         if options.compile:
             self.model.compile()
@@ -97,7 +107,6 @@ class Run:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        self._reset_window()
 
     def steps(self) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
@@ -119,7 +128,7 @@ class Run:
         total = torch.zeros((), device=device)
         for number, batch in enumerate(micro):
             last = number == len(micro) - 1
-            with self.accelerator.no_sync(self.model) if not last else self.accelerator.autocast():
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self.model(batch.to(device)) * batch.num_targets
                 # ranks average their gradients: times world / tokens makes it the mean over all tokens
                 self.accelerator.backward(loss * (world / tokens))
@@ -160,6 +169,7 @@ class Run:
 
     def validate(self) -> None:
         """Score the validation set on the main process; keep the model when it is the best so far."""
+        started = time.monotonic()
         if self.accelerator.is_main_process:
             self.scores = validation.validate(self.raw_model, self.val_data, self.config, self.accelerator.device)
             self.log.write(self.step, **self.scores)
@@ -168,7 +178,7 @@ class Run:
                 self.best = validation.overall(self.scores)
                 self.save(checkpoint.BEST)
         self.accelerator.wait_for_everyone()
-        self._reset_window()
+        self.window_start += time.monotonic() - started  # validation is no training time
 
     def save(self, name: str) -> None:
         """Write one model file, on the main process."""
@@ -179,6 +189,9 @@ class Run:
 
     def save_latest(self) -> None:
         """Write model_latest.pt and what resuming needs, on the main process."""
+        from accelerate.utils import gather_object
+
+        samples = training.merge_ledgers(gather_object([self.ledger.state()]))
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -186,13 +199,16 @@ class Run:
                 "epoch_step": self.epoch_step,
                 "best": self.best,
                 "metrics": self.scores,
-                "skipped_steps": self.guard.skipped,
-                "ledger": self.ledger.state(),
+                "guard": [self.guard.skipped, self.guard.in_a_row, self.guard.overflows],
+                "window": [self.window_loss, self.window_tokens],
+                "records": len(self.data),
+                "ledger": samples,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             }
-            checkpoint.save_latest(self.folder, self.raw_model, self.config, state, self.scores)
+            world = self.accelerator.num_processes
+            resume.save_latest(self.folder, self.raw_model, self.config, state, self.scores, world)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> dict[str, float]:
@@ -204,8 +220,15 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.ledger.restore(state["ledger"])
-        self.guard.skipped = state["skipped_steps"]
+        if state["records"] != len(self.data):
+            raise UserError(
+                f"the run in {self.folder} reads {state['records']} records, the data now holds {len(self.data)}; "
+                "--resume no starts anew"
+            )
+        if self.accelerator.is_main_process:  # the saved counts are those of all ranks
+            self.ledger.restore(state["ledger"])
+        self.guard.skipped, self.guard.in_a_row, self.guard.overflows = state["guard"]
+        self.window_loss, self.window_tokens = state["window"]
         self.step, self.best, self.scores = state["step"], state["best"], state["metrics"]
         self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
         self.sampler.start = (self.epoch, self.epoch_step)

@@ -36,16 +36,14 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(to_dict(config), sort_keys=False)
             (self.folder / "resolved_config.yml").write_text(text, encoding="utf-8")
-            if config.train.resume == "no":
-                self.path.unlink(missing_ok=True)
         if config.train.report_to != "none":
             accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
 
     def trim(self, step: int) -> None:
         """Drop lines after `step`: a resumed run writes them again."""
         if self.accelerator.is_main_process and self.path.exists():
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            kept = [line for line in read_lines(self.path) if line["step"] <= step]
+            write_all([(self.path, (json.dumps(line).encode() + b"\n" for line in kept))])
 
     def write(self, step: int, **values: float) -> None:
         """Append one line."""
@@ -69,6 +67,17 @@ class RunLog:
         self.accelerator.end_training()
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Draw training and validation loss over the steps."""
     import matplotlib
@@ -76,7 +85,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
+    lines = read_lines(metrics)
     figure, axes = plt.subplots(figsize=(7, 4))
     for name in ("loss", "val_loss"):
         points = [(line["step"], float(line[name])) for line in lines if name in line]

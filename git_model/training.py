@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         UserError: a precision this machine has no arithmetic for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     cuda = torch.cuda.is_available()
     if config.precision == "fp16" and not cuda:
@@ -43,7 +44,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; choose --precision fp16")
     # unused branches (an attention pool beside grid features) have no gradient
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    # the others wait while the main process validates: longer than NCCL's ten minutes
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),
+        InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+    ]
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         cpu=not cuda,
@@ -71,7 +76,8 @@ def parameter_groups(model: GitModel, config: TrainConfig) -> list[dict[str, Any
     """Return the optimiser's groups: a learning rate per part, weight decay on matrices only."""
     groups = []
     for part in PARTS:
-        rate = getattr(config, f"lr_{part}") or config.lr
+        own = getattr(config, f"lr_{part}")
+        rate = config.lr if own is None else own
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
         for decayed in (True, False):
             chosen = [p for p in trained if (p.ndim >= 2) == decayed]

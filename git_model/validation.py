@@ -62,10 +62,10 @@ def scores(predictions: Iterable[Prediction]) -> dict[str, float]:
     references: dict[str, tuple[str, ...]] = {}
     answers: list[str] = []
     accepted: list[tuple[str, ...]] = []
-    for p in predictions:
+    for number, p in enumerate(predictions):  # by number: joined sources may use a key twice
         if p.target.question_id is None:
-            captions[p.key], references[p.key] = p.text, p.target.answers
-        else:
+            captions[str(number)], references[str(number)] = p.text, p.target.answers
+        elif p.target.answers:
             answers.append(p.text)
             accepted.append(p.target.answers)
     found: dict[str, float] = {}

@@ -89,6 +89,9 @@ class Collator:
                 continue
             try:
                 built, cut = self._rows(item)
+                if not built:
+                    skipped.append(BadSample(item.key, "no_target"))
+                    continue
             except UserError as error:
                 skipped.append(BadSample(item.key, f"prompt: {error}"))
                 continue
@@ -99,7 +102,9 @@ class Collator:
         return self._pad(rows, images, slots, tuple(skipped), truncated)
 
     def _rows(self, item: Loaded) -> tuple[list[Row], int]:
-        targets = merged(item.targets) if self.generate else item.targets
+        # a question without an answer is something to ask, not something to train on
+        teach = [t for t in item.targets if t.text or t.question_id is None]
+        targets = merged(item.targets) if self.generate else teach
         free = [t for t in targets if IMG_SLOT not in t.prompt]
         together = [free] if self.pack and free else [[t] for t in free]
         slotted = [[t] for t in targets if IMG_SLOT in t.prompt]

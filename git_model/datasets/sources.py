@@ -116,7 +116,8 @@ class TSVPair:
         if self.captions:
             targets += [Target(str(c["caption"])) for c in self._cell(self.captions, index, key, "caption")]
         if self.questions:
-            targets += [_question(q) for q in self._cell(self.questions, index, key, "question")]
+            asked = self._cell(self.questions, index, key, "question")
+            targets += [_question(q, number) for number, q in enumerate(asked)]
         return Sample(key, (image,), tuple(targets))
 
     def _cell(self, file: TSVFile, index: int, key: str, needed: str) -> list[dict[str, Any]]:
@@ -125,7 +126,7 @@ class TSVPair:
             raise UserError(f"row {index} of {file.path} has key '{columns[0]}', the image TSV has '{key}'")
         try:
             entries = json.loads(columns[1])
-            if all(needed in entry for entry in entries):
+            if isinstance(entries, list) and all(isinstance(e, dict) and needed in e for e in entries):
                 return entries
         except (IndexError, TypeError, ValueError):
             pass
@@ -259,29 +260,36 @@ def build_source(entries: Sequence[Mapping[str, Any]], dir: str | Path) -> Sourc
     Raises:
         UserError: unknown type or key (with the nearest), missing file, nothing in it.
     """
-    sources = []
-    for entry in entries:
-        arguments = dict(entry)
-        kind = str(arguments.pop("type", ""))
-        if kind not in DATASETS:
-            raise one_of("data source type", kind, DATASETS)
-        allowed = {n: p for n, p in inspect.signature(DATASETS[kind]).parameters.items() if n != "dir"}
-        if unknown := [key for key in arguments if key not in allowed]:
-            near = nearest(unknown[0], allowed)
-            raise UserError(f"unknown key '{unknown[0]}' of source '{kind}'{near}; one of: {', '.join(allowed)}")
-        if missing := [n for n, p in allowed.items() if p.default is p.empty and n not in arguments]:
-            raise UserError(f"source '{kind}' needs {', '.join(missing)}")
-        sources.append(DATASETS[kind](Path(dir), **arguments))
+    sources = [DATASETS[kind](Path(dir), **arguments) for kind, arguments in map(checked_entry, entries)]
     if sum(map(len, sources)) == 0:
         raise UserError(f"the data sources under {dir} hold no record")
     return sources[0] if len(sources) == 1 else Joined(sources)
 
 
-def _question(entry: Mapping[str, Any]) -> Target:
+def checked_entry(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return a recipe entry's type and arguments, known to fit; opens no file.
+
+    Raises:
+        UserError: unknown type or key (with the nearest), or a key that is missing.
+    """
+    arguments = dict(entry)
+    kind = str(arguments.pop("type", ""))
+    if kind not in DATASETS:
+        raise one_of("data source type", kind, DATASETS)
+    allowed = {n: p for n, p in inspect.signature(DATASETS[kind]).parameters.items() if n != "dir"}
+    if unknown := [key for key in arguments if key not in allowed]:
+        near = nearest(unknown[0], allowed)
+        raise UserError(f"unknown key '{unknown[0]}' of source '{kind}'{near}; one of: {', '.join(allowed)}")
+    if missing := [n for n, p in allowed.items() if p.default is p.empty and n not in arguments]:
+        raise UserError(f"source '{kind}' needs {', '.join(missing)}")
+    return kind, arguments
+
+
+def _question(entry: Mapping[str, Any], number: int = 0) -> Target:
     answers = tuple(map(str, entry["answers"])) if "answers" in entry else ()
     answer = str(entry.get("answer", answers[0] if answers else ""))
-    number = entry.get("question_id")
-    return Target(answer, str(entry["question"]), number, answers or ((answer,) if answer else ()))
+    identity = entry.get("question_id", number)
+    return Target(answer, str(entry["question"]), identity, answers or ((answer,) if answer else ()))
 
 
 def _rows(file: TSVFile) -> Iterator[list[str]]:

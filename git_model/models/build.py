@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from git_model.config import Config
+from git_model.config import DTYPES, Config
 from git_model.errors import UserError
 from git_model.models.decoders import build_decoder
 from git_model.models.git import GitModel
@@ -34,7 +35,10 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
         tokenizer = load_tokenizer(config.language.name)
     torch.manual_seed(config.train.seed)
     vision = build_vision(config.vision, "vision" not in held)
-    hf_model = build_decoder(config.language, tokenizer, "language" not in held)
+    frozen, dtype = frozen_parts(config), config.language.dtype
+    if dtype == "auto":
+        dtype = DTYPES[config.train.precision] if "language" in frozen else "float32"
+    hf_model = build_decoder(replace(config.language, dtype=dtype), tokenizer, "language" not in held)
     language = LanguageModel(
         hf_model, config.language.name, config.language.prefix_attention, config.train.label_smoothing
     )
@@ -42,7 +46,10 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
     mapper = build_mapper(config.mapper, vision.dim, language.dim, vision.num_tokens)
     codec = TextCodec(tokenizer, language.vocab_size, config.data.max_text_tokens, config.data.max_prompt_tokens)
     model = GitModel(vision, mapper, language, codec)
-    model.freeze(frozen_parts(config))
+    if language.max_positions is not None:  # a longer prompt is a skipped sample, not the run's end
+        room = language.max_positions - mapper.num_tokens - config.data.max_text_tokens
+        codec.max_prompt = max(0, min(codec.max_prompt, room))
+    model.freeze(frozen)
     for part in ("vision", "mapper", "language"):  # a trained part is float32 whatever its file says
         if part not in model.frozen:
             getattr(model, part).float()

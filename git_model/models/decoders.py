@@ -18,7 +18,7 @@ def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = T
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = getattr(torch, config.dtype)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.name == "small":
         return AutoModelForCausalLM.from_config(small_decoder_config(config, tokenizer), dtype=dtype)
     try:

@@ -47,10 +47,13 @@ class GitModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> GitModel:
-        """Switch to training mode, frozen parts excepted."""
+        """Switch to training mode, frozen parts and batch-norm statistics excepted."""
         super().train(mode)
         for part in self.frozen:
             getattr(self, part).train(mode and self.checkpointing and part == "language")
+        for module in self.vision.modules():  # a ResNet's statistics: batch == single, and no bad batch gets into them
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     def checkpoint_activations(self) -> None:

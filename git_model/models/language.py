@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from git_model.batch import IGNORE_INDEX, CaptionBatch
 from git_model.errors import UserError
@@ -66,6 +67,7 @@ class LanguageModel(nn.Module):
         self.name = name
         self.bidirectional = prefix_attention == "bidirectional"
         self.label_smoothing = label_smoothing
+        model.generation_config = GenerationConfig()  # a hub's own penalties would leak into what we call greedy
         config = model.config
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
@@ -143,8 +145,6 @@ class LanguageModel(nn.Module):
         Returns:
             (R,new) ids of the new tokens only.
         """
-        from transformers import GenerationConfig
-
         if self.max_positions is not None and embeds.shape[1] + decoding.max_new_tokens > self.max_positions:
             raise UserError(
                 f"{embeds.shape[1]} prompt and image tokens and max_new_tokens {decoding.max_new_tokens} are more "

@@ -120,9 +120,16 @@ def _blank(batches: Iterable[CaptionBatch]) -> Iterator[CaptionBatch]:
 
 def _baselines(train: Source, predictions: list[Prediction], seed: int) -> dict[str, float]:
     """Return what captions score that were chosen without looking at the picture."""
+    from contextlib import suppress
+
+    from git_model.datasets.files import RecordError
+    from git_model.datasets.sources import SampleError
     from git_model.metrics.caption import blind_baselines
 
-    known = [t.text for i in range(len(train)) for t in train[i].targets if t.question_id is None]
+    known: list[str] = []
+    for index in range(len(train)):
+        with suppress(SampleError, RecordError):
+            known += [t.text for t in train[index].targets if t.question_id is None]
     references = {p.key: p.target.answers for p in predictions if p.target.question_id is None}
     if not known or not references:
         raise UserError("baselines needs captions in the training set and in the set that is scored")
