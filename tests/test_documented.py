@@ -212,3 +212,28 @@ def test_parts_that_are_not_there(shelf: Path, tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert words in error
         assert "Traceback" not in error
+
+
+def test_a_resnets_statistics_do_not_move(shelf: Path) -> None:
+    values = {
+        "vision": {"name": str(shelf / "rn.pt"), "features": "grid"},
+        "mapper": {"type": "grid"},
+        "language": {"name": str(shelf / "gpt2")},
+    }
+    model = build_model(from_dict(Config, values)).train()
+    before = {n: b.clone() for n, b in model.vision.named_buffers()}
+    model.encode(torch.full((2, 3, 64, 64), 255, dtype=torch.uint8))
+    assert all(torch.equal(b, before[n]) for n, b in model.vision.named_buffers())
+    assert any("running_mean" in n for n in before)
+
+
+def test_a_frozen_decoder_follows_the_runs_precision(shelf: Path) -> None:
+    parts = {"vision": {"name": str(shelf / "vit.pt")}, "language": {"name": str(shelf / "gpt2")}}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = build_model(from_dict(Config, parts | {"train": {"precision": precision}}))
+        assert {p.dtype for p in model.language.parameters()} == {dtype}
+        assert {p.dtype for p in model.vision.parameters()} | {p.dtype for p in model.mapper.parameters()} == {
+            torch.float32
+        }
+    with pytest.raises(UserError, match="--precision fp16"):
+        from_dict(Config, {"language": {"dtype": "float16"}})

@@ -208,3 +208,17 @@ def test_label_smoothing_is_cross_entropys() -> None:
     wanted = F.cross_entropy(logits, batch.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, label_smoothing=0.1)
     language.label_smoothing = 0.1
     torch.testing.assert_close(language.loss(embeds, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hubs_generation_settings_do_not_leak_into_greedy() -> None:
+    from transformers import GenerationConfig
+
+    batch = Collator(codec(), K, generate=True)(asks("a"))
+    said = []
+    for penalty in (None, 50.0):
+        language = language_model("gpt2")
+        language.model.generation_config = GenerationConfig(repetition_penalty=penalty, no_repeat_ngram_size=1)
+        language = LanguageModel(language.model, "small")
+        embeds = language.embed(batch, image_tokens(1))
+        said.append(language.generate(embeds, batch, Decoding(max_new_tokens=12), EOS, EOS).tolist())
+    assert said[0] == said[1]

@@ -183,3 +183,28 @@ def test_draws_depend_on_seed_epoch_and_record_alone(tiny_tsv: Path) -> None:
     assert all(first[v].targets == again[v].targets for v in visits)
     assert any(not torch.equal(first[v].images[0], loaded(other, v).images[0]) for v in visits)
     assert any(first[(0, r)].targets != first[(1, r)].targets for r in range(8))
+
+
+def test_cells_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    import base64
+
+    from tiny import codec
+
+    from git_model.datasets.collate import Collator
+    from git_model.datasets.records import json_cell, write_tsv
+
+    keys = [f"k{i}" for i in range(5)]
+    write_tsv(tmp_path / "i.tsv", [(k, base64.b64encode(png(0))) for k in keys])
+    cells = ['{"caption":"x"}', '["caption"]', "3", "[{", '[{"caption":"a cat"}]']
+    write_tsv(tmp_path / "c.tsv", list(zip(keys, cells, strict=True)))
+    source = build_source([{"type": "tsv", "images": "i.tsv", "captions": "c.tsv"}], tmp_path)
+    items = [ImageTextDataset(source, Transform(16))[(0, i)] for i in range(5)]
+    assert items[:4] == [BadSample(k, "bad_caption_json") for k in keys[:4]]
+    assert list(source.texts()) == ["a cat"]
+    questions = [{"question": "how many?"}, {"question": "which?", "answer": "this"}]
+    write_tsv(tmp_path / "q.tsv", [(k, json_cell(questions[: 1 + (k == "k0")])) for k in keys])
+    asked = build_source([{"type": "tsv", "images": "i.tsv", "questions": "q.tsv"}], tmp_path)
+    assert [t.question_id for t in asked[0].targets] == [0, 1], "a question without an id is still a question"
+    batch = Collator(codec(), 2)([ImageTextDataset(asked, Transform(16))[(0, i)] for i in range(2)])
+    assert batch.keys == ("k0",), "an unanswered question is not trained on"
+    assert batch.skipped == (BadSample("k1", "no_target"),)

@@ -213,3 +213,85 @@ def test_a_trained_model_comes_back_and_captions(finished: Path, tiny_tsv: Path)
 def test_tensorboard_writes_where_asked(tiny_tsv: Path, tmp_path: Path) -> None:
     train.train(config_of(tiny_tsv, tmp_path, "--report_to", "tensorboard", "--epochs", "1"))
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_run_goes_on_with_the_same_settings_only(tiny_tsv: Path, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    for flags, words in (
+        (["--lr", "0.5"], "train.lr was 0.003, is 0.5"),
+        (["--bs", "4"], "samples a step was 8, is 4"),
+        (["--set", "language.small.width=64"], "language.small.width"),
+        (["--seed", "1"], "train.seed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Run(config_of(tiny_tsv, tmp_path / "copy", *flags))
+    same = ("--bs", "4", "--accumulation", "2", "--epochs", "3", "--log_every", "2")
+    train.train(config_of(tiny_tsv, tmp_path / "copy", *same))
+    assert max(losses(tmp_path / "copy")) == 9
+
+
+def test_other_data_is_noticed_on_resume(tiny_tsv: Path, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    less = tmp_path / "less"
+    less.mkdir()
+    for name in ("t.img.tsv", "t.caption.tsv", "t.question.tsv"):
+        (less / name).write_text("".join((tiny_tsv / name).read_text().splitlines(keepends=True)[:20]))
+    with pytest.raises(UserError, match="24 records, the data now holds 20"):
+        Run(config_of(tiny_tsv, tmp_path / "copy", "--data_dir", str(less)))
+
+
+def test_a_log_line_cut_short_by_a_kill_does_not_stop_the_resume(
+    tiny_tsv: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    with open(tmp_path / "copy" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    train.train(config_of(tiny_tsv, tmp_path / "copy", "--epochs", "3"))
+    assert max(losses(tmp_path / "copy")) == 9
+
+
+def test_mistakes_in_a_recipe_are_found_before_torch(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
+    recipe = yaml.safe_load((tiny_tsv / "recipe.yml").read_text())
+    recipe["data"]["train"][0]["type"] = "tvs"
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
+    code = f"import sys, train; print(train.main(['--config', {str(tmp_path / 'r.yml')!r}]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert "did you mean 'tsv'" in done.stderr
+
+
+def test_nan_on_one_rank_skips_the_step_on_both(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
+    code = f"""
+import torch, train
+from git_model.flags import read_flags
+from git_model.run import Run
+flags = ["--config", {str(tiny_tsv / "recipe.yml")!r}, "--output_dir", {str(tmp_path / "two")!r}, "--bs", "4"]
+run = Run(read_flags(flags)[0])
+before = [p.detach().clone() for p in run.trained]
+for micro in run.steps():
+    forward = run.raw_model.language.loss
+    if run.accelerator.process_index == 1:
+        run.raw_model.language.loss = lambda *a: forward(*a) * float("nan")
+    loss = run.backward(micro)
+    run.update(loss, micro)
+    break
+same = all(torch.equal(a, b) for a, b in zip(before, run.trained))
+print("rank", run.accelerator.process_index, "skipped", run.guard.skipped, "same", same, flush=True)
+run.accelerator.wait_for_everyone()
+run.accelerator.end_training()
+"""
+    (tmp_path / "probe.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(tmp_path / "probe.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.splitlines()) == [f"rank {r} skipped 1 same True" for r in (0, 1)]
+
+
+def test_wandb_is_told_when_asked(tiny_tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    train.train(config_of(tiny_tsv, tmp_path / "run", "--report_to_wandb", "--epochs", "1"))
+    assert list(tmp_path.rglob("run-*.wandb"))
