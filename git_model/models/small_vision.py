@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from git_model.config import VisionConfig
 from git_model.errors import UserError
 
-# as strong as the stem's output; from 0.02 (ViT's) a shape that spans cells is learned several times slower
+# about as strong as the stem's output, beside which ViT's 0.02 is faint
 POSITION_STD = 0.5
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of R, G, B in 0..1
