@@ -1,4 +1,4 @@
-"""Save, load, resume: the only way a trained model comes back.
+"""Save and load: the only way a trained model comes back.
 
 `model-000.pt` (after epoch 0), `model_best.pt` and `model_latest.pt` hold the trained tensors, the whole config, the
 tokenizer where it was trained here, and names and fingerprints of the frozen parts that can be fetched again. They
@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from git_model.config import PARTS, Config
+from git_model.datasets.files import write_all
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.build import build_model
 from git_model.models.git import GitModel
@@ -58,6 +58,11 @@ def saved_parts(model: GitModel) -> tuple[str, ...]:
     return tuple(part for part in PARTS if not (part in model.frozen and again[part]))
 
 
+def parts_of(tensors: Iterable[str]) -> set[str]:
+    """Return the parts that tensor names such as `mapper.net.0.weight` belong to."""
+    return {name.split(".")[0] for name in tensors}
+
+
 def fingerprint(part: nn.Module) -> str:
     """Return a hash of a part's names, shapes, types and up to 4,096 evenly spaced numbers of each tensor."""
     digest = hashlib.sha256()
@@ -76,23 +81,9 @@ def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
         OSError: disk full, read-only; the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            buffer = io.BytesIO()
-            torch.save(dict(content), buffer)
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    write_all([(path, [buffer.getbuffer()])])
 
 
 def save_checkpoint(
@@ -176,7 +167,7 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
                 "image_encoder_type, language_model, mapping_type and output_grid",
                 EXIT_NO_CHECKPOINT,
             )
-        held = {name.split(".")[0] for name in content}
+        held = parts_of(content)
         names = {"vision": bare_config.vision.name, "language": bare_config.language.name}
         frozen = {part: {"name": name} for part, name in names.items() if part not in held and name != "small"}
         content = {"tensors": content, "config": to_dict(bare_config), "frozen": frozen}
@@ -196,7 +187,7 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
 
 def _held(path: Path, content: Mapping[str, Any]) -> set[str]:
     """Return the parts whose tensors a checkpoint holds; every part is either held or named as frozen."""
-    held = {name.split(".")[0] for name in content["tensors"]}
+    held = parts_of(content["tensors"])
     if foreign := sorted(held - set(PARTS)):
         raise UserError(
             f"{path} holds tensors of {', '.join(foreign[:5])}; this program knows {', '.join(PARTS)}",

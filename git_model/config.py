@@ -13,6 +13,7 @@ from git_model.errors import UserError, one_of
 
 FEATURES = ("pooled", "grid")
 PARTS = ("vision", "mapper", "language")
+RESIZES = ("crop", "squash", "pad")
 AUGMENTS = ("none", "flip", "dihedral", "crop", "crop+flip", "crop+dihedral")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # which features each mapper can read, and why not the others
@@ -169,7 +170,7 @@ class DataConfig:
     """stop with exit code 3 when more than this share of the samples is unusable"""
 
     def __post_init__(self) -> None:
-        _choice("data.resize", self.resize, ("crop", "squash", "pad"))
+        _choice("data.resize", self.resize, RESIZES)
         _choice("data.augment", self.augment, AUGMENTS)
         _check(self.targets >= 0, f"data.targets {self.targets} is below 0")
         _check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")

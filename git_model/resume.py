@@ -9,6 +9,7 @@ from typing import Any
 from git_model.checkpoint import (
     LATEST,
     load_part,
+    parts_of,
     read_content,
     save_checkpoint,
     saved_parts,
@@ -97,7 +98,7 @@ def load_latest(folder: Path, content: Mapping[str, Any], model: GitModel) -> di
     state_path = folder / f"state-{int(content.get('step', -1)):09d}.pt"
     if not state_path.is_file():
         raise UserError(f"{folder / LATEST} is there but {state_path.name} is not; --resume no starts anew")
-    held = {name.split(".")[0] for name in content["tensors"]}
+    held = parts_of(content["tensors"])
     if held != set(saved_parts(model)):
         raise UserError(f"{folder / LATEST} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
     for part in held:

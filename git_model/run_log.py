@@ -22,7 +22,7 @@ class RunLog:
 
     Args:
         accelerator: the engine; only its main process writes.
-        config: the run's; written as config.yml unless the recipe itself is there.
+        config: the run's; written as resolved_config.yml.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config) -> None:
@@ -35,7 +35,7 @@ class RunLog:
 
             self.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(to_dict(config), sort_keys=False)
-            (self.folder / "resolved_config.yml").write_text(text, encoding="utf-8")
+            write_all([(self.folder / "resolved_config.yml", [text.encode()])])
         if config.train.report_to != "none":
             accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
 

@@ -151,6 +151,20 @@ class SampleLedger:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
+    @property
+    def bad(self) -> int:
+        """Samples skipped so far."""
+        return self.reasons.total()
+
+    @property
+    def rows(self) -> int:
+        """Samples seen so far: used and skipped."""
+        return self.ok + self.bad
+
+    def exceeds(self, share: float) -> bool:
+        """Whether more than `share` of the samples is unusable."""
+        return self.bad > share * self.rows
+
     def add(self, batch: CaptionBatch) -> None:
         """Count a batch.
 
@@ -161,10 +175,9 @@ class SampleLedger:
         self.truncated += batch.truncated
         for bad in batch.skipped:
             self._note(bad)
-        bad_count, total = sum(self.reasons.values()), self.ok + sum(self.reasons.values())
-        if bad_count > self.limit * total and (total >= self.PATIENCE or self.ok == 0):
+        if self.exceeds(self.limit) and (self.rows >= self.PATIENCE or self.ok == 0):
             raise UserError(
-                f"{bad_count} of {total} samples are unusable, more than --max_bad {self.limit}: {self.summary()}",
+                f"{self.bad} of {self.rows} samples are unusable, more than --max_bad {self.limit}: {self.summary()}",
                 EXIT_TOO_MANY_BAD,
             )
 
@@ -184,8 +197,7 @@ class SampleLedger:
     def state(self) -> dict[str, Any]:
         """Return rows in = ok + sum(reasons), for the run's report and for resuming."""
         reasons, examples = dict(self.reasons), {r: list(keys) for r, keys in self.examples.items()}
-        rows = self.ok + sum(reasons.values())
-        return {"rows": rows, "ok": self.ok, "reasons": reasons, "examples": examples, "truncated": self.truncated}
+        return {"rows": self.rows, "ok": self.ok, "reasons": reasons, "examples": examples, "truncated": self.truncated}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on counting from a saved state."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tiny import captions, collator, config, git_model
 
-from git_model import checkpoint
 from git_model.checkpoint import load_checkpoint, read_content, save_checkpoint, write_atomically
 from git_model.errors import UserError
 
@@ -117,7 +116,7 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, git_model(), config(), step=8, epoch=0)
     monkeypatch.undo()

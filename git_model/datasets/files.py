@@ -28,6 +28,22 @@ class RecordError(ValueError):
         return f"{self.args[1]}: {self.reason}"
 
 
+class SampleError(RecordError):
+    """A record that can be read but cannot become a sample.
+
+    Args:
+        key: the record's name.
+        reason: a short word to count by.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason, key)
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return SampleError, (self.key, self.reason)
+
+
 class Descriptors:
     """Read-only descriptors of some files, opened when first read, anew in every process."""
 
@@ -69,7 +85,7 @@ class Descriptors:
 # -- TSV ---------------------------------------------------------------------------------------------
 
 
-def write_all(files: Iterable[tuple[Path, Iterable[bytes]]], mtime_ns: int | None = None) -> None:
+def write_all(files: Iterable[tuple[Path, Iterable[bytes | memoryview]]], mtime_ns: int | None = None) -> None:
     """Write files, the first one being what the others describe; each final name holds a whole file."""
     parts: dict[Path, Path] = {}
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, features
 
+from git_model.config import AUGMENTS, RESIZES
 from git_model.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ MAX_SIDE = 20_000
 MAX_ASPECT = 50
 MAX_FILE_BYTES = 256 * 2**20
 STRIP = 16  # resized longer side / resolution from which only the shown part is resampled
-RESIZES = ("crop", "squash", "pad")
-AUGMENTS = ("none", "flip", "dihedral", "crop", "crop+flip", "crop+dihedral")
 
 _MAGIC: dict[str, tuple[bytes, ...]] = {  # Pillow's format, or the reason to refuse -> first bytes
     "JPEG": (b"\xff\xd8\xff",),

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from git_model.batch import BadSample, CaptionBatch
 from git_model.datasets.collate import Collator, Loaded
-from git_model.datasets.files import RecordError
+from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
-from git_model.datasets.sources import SampleError, Source
+from git_model.datasets.sources import Source
 
 Index = tuple[int, int]  # (epoch, record)
 
@@ -57,7 +57,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         epoch, record = index
         try:
             sample = self.source[record]
-        except (SampleError, RecordError) as error:
+        except RecordError as error:
             return BadSample(error.key if isinstance(error, SampleError) else f"record {record}", error.reason)
         try:
             rng = np.random.default_rng([self.seed, epoch, record])

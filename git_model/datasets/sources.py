@@ -16,24 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from git_model.batch import Sample, Target
-from git_model.datasets.files import RecordError
+from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.records import TSVFile
 from git_model.datasets.shards import TarShards, expand_shards
 from git_model.errors import UserError, nearest, one_of
-
-
-class SampleError(ValueError):
-    """A record that cannot become a sample.
-
-    Args:
-        key: the record's name.
-        reason: a short word to count by.
-    """
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"{key}: {reason}")
-        self.key = key
-        self.reason = reason
 
 
 class Source(Protocol):
@@ -187,7 +173,7 @@ class WebDataset:
             try:
                 record = self.records[index]
                 yield from self._captions(record.key, record.members)
-            except (SampleError, RecordError):
+            except RecordError:
                 continue  # counted when the record is drawn
 
 

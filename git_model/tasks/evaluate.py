@@ -85,10 +85,9 @@ def evaluate(
     result["report"] = str(write_report(out / "report.html", records, predictions, result))
     result["predictions"] = str(_write_predictions(out, predictions))
     write_all([(out / "scores.json", [json.dumps(result, indent=2).encode() + b"\n"])])
-    bad = sum(ledger.reasons.values())
-    if bad > max_bad * (ledger.ok + bad):
+    if ledger.exceeds(max_bad):
         raise UserError(
-            f"{bad} of {ledger.ok + bad} samples are unusable, more than max_bad {max_bad}: {ledger.summary()}; "
+            f"{ledger.bad} of {ledger.rows} samples are unusable, more than max_bad {max_bad}: {ledger.summary()}; "
             f"the scores of the others are in {out / 'scores.json'}",
             EXIT_TOO_MANY_BAD,
         )
@@ -123,12 +122,11 @@ def _baselines(train: Source, predictions: list[Prediction], seed: int) -> dict[
     from contextlib import suppress
 
     from git_model.datasets.files import RecordError
-    from git_model.datasets.sources import SampleError
     from git_model.metrics.caption import blind_baselines
 
     known: list[str] = []
     for index in range(len(train)):
-        with suppress(SampleError, RecordError):
+        with suppress(RecordError):
             known += [t.text for t in train[index].targets if t.question_id is None]
     references = {p.key: p.target.answers for p in predictions if p.target.question_id is None}
     if not known or not references:
