@@ -29,11 +29,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Return a record, or raise SampleError."""
-        ...
 
     def texts(self) -> Iterator[str]:
         """Yield every caption, question and answer, without touching a picture."""
-        ...
 
 
 class ConceptualCaptions:
