@@ -27,7 +27,10 @@ def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     params = parse_params(parser.parse_args(argv).p, tasks)
     with contextlib.redirect_stdout(sys.stderr):  # some metrics print; stdout is for the result alone
-        text = json.dumps(run(params, tasks), ensure_ascii=False, indent=2, allow_nan=False)
+        result = run(params, tasks)
+    if result is None:  # of torchrun's processes the first one speaks
+        return
+    text = json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False)
     # UTF-8 in any locale; a writer of its own, else a full disk fails once more at exit, with code 120
     with open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False) as out:
         print(text, file=out)

@@ -68,7 +68,7 @@ class CaptionBatch:
     several segments a row ("packed") let all captions and questions of an image share its tokens.
 
     Args:
-        images: (I,3,H,W) uint8, every distinct image of the batch once.
+        images: (I,3,H,W) uint8, every distinct image of the batch once; or (I,K,E), its image tokens made before.
         image_index: (S,) long; which image fills the s-th slot, slots in row-major order.
         input_ids: (R,T) long; image slots and padding hold the pad id.
         image_mask: (R,T) bool; True where an image token goes, K in a row for each slot.

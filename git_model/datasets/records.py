@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_ROW_BYTES = 512 * 2**20
 _CHUNK = 1 << 24
+_KEY_BYTES = 128
 
 
 def json_cell(value: Any) -> str:
@@ -175,6 +176,16 @@ class TSVFile(Sequence[list[str]]):
             return row.decode().split("\t")
         except UnicodeDecodeError as error:
             raise RecordError("bad_utf8", f"{self.path} row {index}") from error
+
+    def key(self, index: int) -> bytes:
+        """Return the first column of a row, reading no more than it takes; unchecked UTF-8."""
+        start, known = int(self._offsets[index]), b""
+        while not any(mark in known for mark in (b"\t", b"\n")):
+            more = self._file.read(0, _KEY_BYTES, start + len(known))
+            if not more:
+                break
+            known += more
+        return known.partition(b"\n")[0].partition(b"\t")[0]
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = isinstance(self._offsets, np.memmap)  # would be pickled as a copy: mapped anew instead

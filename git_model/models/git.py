@@ -95,7 +95,8 @@ class GitModel(nn.Module):
         """Return one text per row of a left-padded batch (`Collator(generate=True)`)."""
         if len(batch.input_ids) == 0:
             return []
-        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        ready = batch.images.is_floating_point()  # (I,K,E): encoded once for all the questions of an image
+        embeds = self.language.embed(batch, batch.images if ready else self.encode(batch.images))  # (R,T,E)
         ids = self.language.generate(
             embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
         )  # (R,new)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from git_model.batch import IGNORE_INDEX, CaptionBatch
 from git_model.errors import UserError
+from git_model.models.answers import AnswerTrie
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Decoding:
         temperature: of sampling.
         top_p: of sampling; 1 = off.
         seed: of sampling.
+        answers: the only token sequences allowed; sets `max_new_tokens` to the longest.
     """
 
     beams: int = 1
@@ -39,6 +41,7 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    answers: AnswerTrie | None = None
 
     def __post_init__(self) -> None:
         if self.beams < 1 or self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -48,6 +51,32 @@ class Decoding:
             )
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise UserError(f"sampling needs temperature > 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_p}")
+        if self.answers and self.min_new_tokens:
+            raise UserError(f"a list of answers allows no min_new_tokens, got {self.min_new_tokens}")
+
+    @property
+    def longest(self) -> int:
+        """The most new tokens a row can get."""
+        return self.answers.longest if self.answers else self.max_new_tokens
+
+    def settings(self, eos_id: int | None, pad_id: int | None, **others: Any) -> dict[str, Any]:
+        """Return the arguments of Hugging Face's `generate`; `others` go into its GenerationConfig."""
+        config = GenerationConfig(
+            max_new_tokens=self.longest,
+            min_new_tokens=self.min_new_tokens or None,
+            num_beams=self.beams,
+            length_penalty=self.length_penalty if self.beams > 1 else None,
+            do_sample=self.sample,
+            temperature=self.temperature if self.sample else None,
+            top_p=self.top_p if self.sample else None,
+            top_k=0 if self.sample else None,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            **others,
+        )
+        if self.answers is None:
+            return {"generation_config": config}
+        return {"generation_config": config, "prefix_allowed_tokens_fn": self.answers.constraint()}
 
 
 class LanguageModel(nn.Module):
@@ -145,29 +174,18 @@ class LanguageModel(nn.Module):
         Returns:
             (R,new) ids of the new tokens only.
         """
-        if self.max_positions is not None and embeds.shape[1] + decoding.max_new_tokens > self.max_positions:
+        new = decoding.longest
+        if self.max_positions is not None and embeds.shape[1] + new > self.max_positions:
             raise UserError(
-                f"{embeds.shape[1]} prompt and image tokens and max_new_tokens {decoding.max_new_tokens} are more "
+                f"{embeds.shape[1]} prompt and image tokens and max_new_tokens {new} are more "
                 f"than '{self.name}' can hold ({self.max_positions})"
             )
-        settings = GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens or None,
-            num_beams=decoding.beams,
-            length_penalty=decoding.length_penalty if decoding.beams > 1 else None,
-            do_sample=decoding.sample,
-            temperature=decoding.temperature if decoding.sample else None,
-            top_p=decoding.top_p if decoding.sample else None,
-            top_k=0 if decoding.sample else None,
-            eos_token_id=eos_id,
-            pad_token_id=pad_id,
-            bos_token_id=eos_id,
-        )
+        settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id)
         if decoding.sample:
             torch.manual_seed(decoding.seed)
         with self._prefill_mask(batch):
             return self.model.generate(
-                inputs_embeds=embeds, attention_mask=batch.attention_mask.long(), generation_config=settings
+                inputs_embeds=embeds, attention_mask=batch.attention_mask.long(), **settings
             )  # (R,new)
 
     def _mask(self, batch: CaptionBatch, dtype: torch.dtype) -> Tensor:

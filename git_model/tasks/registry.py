@@ -12,6 +12,7 @@ from git_model.tasks.caption import caption_image
 from git_model.tasks.data import make_shapes
 from git_model.tasks.evaluate import evaluate
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
+from git_model.tasks.tsv import caption_tsv
 
 Task = Callable[..., Any]
 
@@ -19,6 +20,7 @@ Task = Callable[..., Any]
 # arguments that imports its heavy modules inside; its signature is the schema of its keys.
 TASKS: dict[str, Task] = {
     "test_git_inference_single_image": caption_image,
+    "test_git_inference_single_tsv": caption_tsv,
     "evaluate": evaluate,
     "make_shapes": make_shapes,
 }

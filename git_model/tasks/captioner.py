@@ -1,0 +1,263 @@
+"""One face for every model that says something about pictures: a checkpoint of ours, or a published one.
+
+`open_captioner` tells them apart: a file is a checkpoint, a folder or a hub's id is a Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from git_model.errors import UserError
+
+if TYPE_CHECKING:
+    from git_model.checkpoint import Loaded
+    from git_model.config import Config
+    from git_model.models.answers import AnswerTrie
+    from git_model.models.language import Decoding
+    from git_model.models.published import PublishedModel
+
+
+class Captioner(Protocol):
+    """What the tasks know of a model."""
+
+    def prepare(self, data: bytes) -> Any:
+        """Return an encoded picture as the model takes it; raises ImageError. Runs in worker processes."""
+
+    def encode(self, pictures: Sequence[Any]) -> list[Any]:
+        """Return what is computed once for a picture, however much is asked about it."""
+
+    def length(self, prompt: str) -> int:
+        """Return what prompts are sorted by; raises UserError where the model cannot take it."""
+
+    def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """Return a text for each pair; pairs of one call may differ in length."""
+
+    def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
+        """Return the constraint to these answers."""
+
+
+class GitCaptioner:
+    """A checkpoint of ours."""
+
+    def __init__(self, loaded: Loaded, device: str) -> None:
+        from git_model.datasets.collate import Collator
+        from git_model.datasets.images import Transform
+
+        self.model, self.device = loaded.model.to(device), device
+        self.prepare = Transform(self.model.vision.resolution, loaded.config.data.resize)
+        self.collator = Collator(self.model.codec, self.model.num_image_tokens, generate=True)
+
+    def encode(self, pictures: Sequence[Any]) -> list[Any]:
+        """Return (K,E) image tokens for each (3,H,W) picture."""
+        import torch
+
+        with torch.inference_mode():
+            return list(self.model.encode(torch.stack(list(pictures)).to(self.device)))
+
+    def length(self, prompt: str) -> int:
+        """Return the tokens of a prompt."""
+        from git_model.batch import IMG_SLOT
+
+        if prompt.count(IMG_SLOT) > 1:
+            raise UserError(f"{prompt.count(IMG_SLOT)} {IMG_SLOT} slots for 1 image")
+        return len(self.model.codec.prompt(prompt))
+
+    def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """Return one text a prompt."""
+        return self.say([(tokens,) for tokens in encoded], prompts, decoding)
+
+    def say(self, encoded: Sequence[tuple[Any, ...]], prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """Return one text a prompt; several pictures fill its slots.
+
+        Raises:
+            UserError: a prompt that does not fit its pictures or the model.
+        """
+        from git_model.batch import Target
+        from git_model.datasets.collate import Loaded
+
+        items = [
+            Loaded(str(i), tokens, (Target(prompt=prompt, question_id=i),))
+            for i, (tokens, prompt) in enumerate(zip(encoded, prompts, strict=True))
+        ]
+        batch = self.collator(items)
+        if batch.skipped:
+            raise UserError(batch.skipped[0].reason)
+        return self.model.generate(batch.to(self.device), decoding)
+
+    def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
+        """Return the constraint to these answers.
+
+        Raises:
+            UserError: an answer longer than the model's `max_text_tokens`.
+        """
+        from git_model.models.answers import AnswerTrie
+
+        codec = self.model.codec
+        encoded = [codec.target(answer, after_prompt) for answer in answers]
+        if long := [answer for answer, (_, cut) in zip(answers, encoded, strict=True) if cut]:
+            raise UserError(f"answer '{long[0]:.60}' has more than {codec.max_target - 1} tokens")
+        return AnswerTrie((ids for ids, _ in encoded), codec.pad_id)
+
+
+class PublishedCaptioner:
+    """A Hugging Face image-to-text model; prompts of one length share a batch, so none is padded."""
+
+    def __init__(self, model: PublishedModel, prompt_format: str) -> None:
+        self.model, self.prompt_format = model, prompt_format
+
+    def prepare(self, data: bytes) -> Any:
+        """Return the RGB picture: the model's own processor does the rest."""
+        from git_model.datasets.images import decode_image
+
+        return decode_image(data)
+
+    def encode(self, pictures: Sequence[Any]) -> list[Any]:
+        """Return the pictures: these models keep their features to themselves."""
+        return list(pictures)
+
+    def length(self, prompt: str) -> int:
+        """Return the tokens of a prompt as the model gets it."""
+        return self.model.length(self._full(prompt))
+
+    def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """Return one text a prompt."""
+        full = [self._full(prompt) for prompt in prompts]
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(full):
+            groups.setdefault(self.model.length(prompt), []).append(i)
+        texts: dict[int, str] = {}
+        for members in groups.values():
+            said = self.model.generate([encoded[i] for i in members], [full[i] for i in members], decoding)
+            texts |= dict(zip(members, said, strict=True))
+        return [texts[i] for i in range(len(full))]
+
+    def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
+        """Return the constraint to these answers."""
+        return self.model.trie(answers, after_prompt)
+
+    def _full(self, prompt: str) -> str:
+        return self.prompt_format.replace("{prompt}", prompt) if prompt else ""
+
+
+def open_captioner(
+    model_path: str, architecture: dict[str, Any], device: str, prompt_format: str = "{prompt}"
+) -> GitCaptioner | PublishedCaptioner:
+    """Load a model for the tasks.
+
+    Args:
+        model_path: a checkpoint, a bare state dict, or the id or folder of a Hugging Face model.
+        architecture: the original's five keys; None where not given.
+        device: see `pick_device`.
+        prompt_format: for published models: what a prompt is put into, at `{prompt}`.
+
+    Raises:
+        UserError: nothing there, or it does not fit what was said of it.
+    """
+    where = pick_device(device)
+    if "{prompt}" not in prompt_format:
+        raise UserError(f"prompt_format is '{prompt_format}', it needs {{prompt}} where the question goes")
+    if not is_published(model_path):
+        if prompt_format != "{prompt}":
+            raise UserError("prompt_format is for Hugging Face models; our checkpoints take the question as it is")
+        return GitCaptioner(open_checkpoint(model_path, architecture), where)
+    if given := [key for key, value in architecture.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: not for a Hugging Face model, '{model_path}' says what it is")
+    from git_model.models.published import PublishedModel
+
+    return PublishedCaptioner(PublishedModel(model_path, where), prompt_format)
+
+
+def is_published(model_path: str) -> bool:
+    """Tell whether a path is the folder, or a name the hub's id, of a Hugging Face model."""
+    path = Path(model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model_path} is a folder without config.json; give a checkpoint or a Hugging Face model")
+        return True
+    looks_like_id = model_path.count("/") <= 1 and path.suffix != ".pt" and not path.is_absolute()
+    return looks_like_id and not path.exists() and not path.parent.is_dir()
+
+
+def fingerprint(paths: Sequence[str | Path | None]) -> str:
+    """Return a hash of names, sizes and times of files; of a folder, of all in it; of a name, of itself."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if path is None:
+            digest.update(b"none;")
+            continue
+        root = Path(path)
+        files = sorted(root.rglob("*")) if root.is_dir() else [root] if root.is_file() else []
+        for file in files:
+            status = os.stat(file)
+            digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
+        if not files:
+            digest.update(f"{path};".encode())
+    return digest.hexdigest()
+
+
+def open_checkpoint(model_path: str, architecture: dict[str, Any]) -> Loaded:
+    """Load a checkpoint and hold the caller's architecture keys against what it carries.
+
+    Args:
+        model_path: a checkpoint, or a bare state dict.
+        architecture: the original's five keys; None where not given.
+
+    Raises:
+        UserError: no such file, no checkpoint, or a key that disagrees with it (names both values).
+    """
+    from git_model.checkpoint import load_checkpoint
+
+    given = {key: value for key, value in architecture.items() if value is not None}
+    loaded = load_checkpoint(model_path, _bare_config(given))
+    carried = _architecture_of(loaded.config)
+    carried["input_resolution"] = loaded.model.vision.resolution
+    for key, value in given.items():
+        if value != carried[key]:
+            raise UserError(f"{key} is {value!r}, but the checkpoint {model_path} was trained with {carried[key]!r}")
+    return loaded
+
+
+def _architecture_of(config: Config) -> dict[str, Any]:
+    return {
+        "image_encoder_type": config.vision.name,
+        "language_model": config.language.name,
+        "mapping_type": config.mapper.type,
+        "output_grid": config.vision.features == "grid",
+    }
+
+
+def _bare_config(given: dict[str, Any]) -> Config | None:
+    """Return the architecture for a bare state dict, when the caller named it."""
+    from git_model.config import Config
+    from git_model.schema import from_dict
+
+    if not {"image_encoder_type", "language_model", "mapping_type"} <= given.keys():
+        return None
+    vision = {
+        "name": given["image_encoder_type"],
+        "features": "grid" if given.get("output_grid") else "pooled",
+        "resolution": given.get("input_resolution"),
+    }
+    parts = {"mapper": {"type": given["mapping_type"]}, "language": {"name": given["language_model"]}}
+    return from_dict(Config, {"vision": vision, **parts})
+
+
+def pick_device(name: str) -> str:
+    """Return the device to run on; 'auto' is this process's GPU where there is one.
+
+    Raises:
+        UserError: a device this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used here; one of: auto, cpu, cuda, cuda:0, ...") from error
+    return name

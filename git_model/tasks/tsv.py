@@ -1,0 +1,197 @@
+"""The batch task: every row of an image TSV captioned, or every question about it answered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from git_model.errors import EXIT_TOO_MANY_BAD, UserError
+from git_model.tasks.params import Range
+
+if TYPE_CHECKING:
+    from git_model.datasets.asking import AskRow
+    from git_model.models.language import Decoding
+    from git_model.tasks.captioner import GitCaptioner, PublishedCaptioner
+    from git_model.tasks.journal import Done
+
+CHUNK_BATCHES = 8  # batches between two notes in the journal; inside, prompts are sorted by length
+
+
+def caption_tsv(
+    *,
+    image_tsv: str,
+    model_path: str,
+    out_tsv: str,
+    question_tsv: str | None = None,
+    prompt: str = "",
+    answer_list: str | None = None,
+    prompt_format: str = "{prompt}",
+    image_encoder_type: str | None = None,
+    language_model: str | None = None,
+    mapping_type: str | None = None,
+    output_grid: bool | None = None,
+    input_resolution: Annotated[int, Range(16, 4096)] | None = None,
+    batch_size: Annotated[int, Range(1, 65536)] = 32,
+    workers: Annotated[int, Range(0, 256)] = 2,
+    beams: Annotated[int, Range(1, 64)] = 1,
+    max_new_tokens: Annotated[int, Range(1, 1024)] = 40,
+    min_new_tokens: Annotated[int, Range(0, 1024)] = 0,
+    length_penalty: Annotated[float, Range(-10, 10)] = 1.0,
+    max_bad: Annotated[float, Range(0, 1)] = 0.01,
+    device: str = "auto",
+) -> dict[str, Any] | None:
+    """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun shares it among processes."""
+    from tqdm import tqdm
+
+    from git_model.datasets.asking import AskRows
+    from git_model.models.language import Decoding
+    from git_model.tasks import journal
+    from git_model.tasks.caption import read_answers
+    from git_model.tasks.captioner import fingerprint, open_captioner
+
+    out, rank, world = Path(out_tsv), *_rank()
+    if out.suffix != ".tsv":
+        raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
+    for path in filter(None, (image_tsv, question_tsv)):
+        if not Path(path).is_file():
+            raise UserError(f"no TSV file '{path}'")
+    answers = read_answers(answer_list) if answer_list else None
+    decoding = Decoding(beams, max_new_tokens, min_new_tokens, length_penalty)
+    settings = [prompt, prompt_format, answers, beams, max_new_tokens, min_new_tokens, length_penalty]
+    files = fingerprint([model_path, image_tsv, question_tsv])
+    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+    if finished := _finished(out, job):
+        return _judged(finished, max_bad) if rank == 0 else None
+
+    architecture = {
+        "image_encoder_type": image_encoder_type,
+        "language_model": language_model,
+        "mapping_type": mapping_type,
+        "output_grid": output_grid,
+        "input_resolution": input_resolution,
+    }
+    captioner = open_captioner(model_path, architecture, device, prompt_format)
+    if answers:
+        decoding = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt)))
+    rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = journal.Journal(out, job, rank, world, len(rows))
+    left = done.left()
+    with tqdm(
+        total=len(done.rows), initial=len(done.rows) - len(left), unit="image", smoothing=0.1, disable=rank > 0
+    ) as bar:
+        for chunk in _chunks(rows, left, workers, CHUNK_BATCHES * batch_size):
+            done.add(_answered(captioner, chunk, decoding, batch_size, asked=question_tsv is not None))
+            bar.update(len(chunk))
+    done.close()
+    journal.finish_rank(out, done, rank, world, columns=1 if question_tsv else 2)
+    if rank > 0:
+        if _finished(out, job):  # rank 0 had this rank's part from a run before, and is through
+            journal.clean(out)
+        return None
+    report = {"out_tsv": out_tsv, "job": job, **journal.merge(out, job, world)}
+    journal.write_report(out, report)
+    journal.clean(out)
+    return _judged(report, max_bad)
+
+
+def _rank() -> tuple[int, int]:
+    """Return this process's number and how many there are (torchrun's or SLURM's variables)."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def _chunks(rows: Any, left: Sequence[int], workers: int, size: int) -> Iterator[list[AskRow]]:
+    """Yield the rows that are left, decoded by worker processes, some at a time."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(rows, batch_size=None, sampler=left, num_workers=workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
+    stream = iter(loader)
+    while chunk := list(islice(stream, size)):
+        yield chunk
+
+
+def _as_it_is(row: AskRow) -> AskRow:
+    return row
+
+
+def _answered(
+    captioner: GitCaptioner | PublishedCaptioner,
+    chunk: list[AskRow],
+    decoding: Decoding,
+    batch_size: int,
+    asked: bool,
+) -> dict[int, Done]:
+    """Return the output of some rows: pictures encoded once, prompts in batches of like length."""
+    good = [row for row in chunk if not row.error]
+    encoded: dict[int, Any] = {}
+    for start in range(0, len(good), batch_size):
+        part = good[start : start + batch_size]
+        encoded |= zip((row.row for row in part), captioner.encode([row.picture for row in part]), strict=True)
+    texts: dict[tuple[int, int], str] = {}
+    refused: dict[tuple[int, int], str] = {}
+    waiting: list[tuple[int, int, int, str]] = []  # length, row, number of the question, prompt
+    for row in good:
+        for number, question in enumerate(row.questions):
+            try:
+                waiting.append((captioner.length(question.prompt), row.row, number, question.prompt))
+            except UserError as error:
+                refused[row.row, number] = str(error)
+    waiting.sort()
+    for start in range(0, len(waiting), batch_size):
+        part = waiting[start : start + batch_size]
+        said = captioner.answer([encoded[row] for _, row, _, _ in part], [prompt for *_, prompt in part], decoding)
+        texts |= {(row, number): text for (_, row, number, _), text in zip(part, said, strict=True)}
+    return {row.row: _done(row, texts, refused, asked) for row in chunk}
+
+
+def _done(row: AskRow, texts: dict[tuple[int, int], str], refused: dict[tuple[int, int], str], asked: bool) -> Done:
+    """Return a row's output: an error record where there is no text."""
+    from git_model.datasets.records import json_cell
+    from git_model.tasks.journal import Done
+
+    records = []
+    error, detail = row.error, row.detail
+    for number, question in enumerate(row.questions):
+        place = (row.row, number)
+        record: dict[str, Any] = {"answer" if asked else "caption": texts.get(place, "")}
+        if asked:
+            record["question_id"] = question.question_id
+        if place in refused:
+            error, detail = "bad_prompt", f"key '{row.key}': {refused[place]}"
+        if place not in texts:
+            record["error"] = row.error or "bad_prompt"
+        records.append(record)
+    if asked:
+        return Done(tuple(json_cell(record) for record in records), error, detail)
+    return Done((row.key, json_cell(records)), error, detail)
+
+
+def _finished(out: Path, job: str) -> dict[str, Any] | None:
+    """Return the report of this very job where its output is already there."""
+    from git_model.tasks.journal import report_path
+
+    try:
+        report = json.loads(report_path(out).read_bytes())
+        return report if out.is_file() and report["job"] == job else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _judged(report: dict[str, Any], max_bad: float) -> dict[str, Any]:
+    bad = report["rows"] - report["ok"]
+    if bad > max_bad * report["rows"]:
+        raise UserError(
+            f"{bad} of {report['rows']} rows could not be answered, more than max_bad {max_bad}: {report['reasons']}; "
+            f"the others are in {report['out_tsv']}",
+            EXIT_TOO_MANY_BAD,
+        )
+    return report
