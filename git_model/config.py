@@ -50,6 +50,8 @@ class SmallVisionConfig:
 
     stem: tuple[int, ...] = (32, 64, 128)
     """channels of the stride-2 convolutions: three of them turn 64 px into an 8 x 8 grid"""
+    residual: int = 0
+    """residual blocks of two 3x3 convolutions after each stem convolution but the first"""
     width: int = 128
     depth: int = 2
     heads: int = 4
@@ -186,6 +188,8 @@ class TrainConfig:
     batch_size: int = 32
     """images a process and micro-batch"""
     accumulation: int = 1
+    optimizer: str = "adamw"
+    """'adamw', or 'muon': Muon for matrices and convolutions, AdamW for the rest; learns faster from nothing"""
     lr: float = 2e-5
     lr_vision: float | None = None
     lr_mapper: float | None = None
@@ -219,6 +223,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in self.freeze:
             _choice("train.freeze", name, ("auto", "nothing", *PARTS))
+        _choice("train.optimizer", self.optimizer, ("adamw", "muon"))
         _choice("train.schedule", self.schedule, ("linear", "cosine", "constant"))
         _choice("train.precision", self.precision, ("fp32", "fp16", "bf16"))
         _choice("train.resume", self.resume, ("auto", "no"))

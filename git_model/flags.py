@@ -45,6 +45,7 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--epochs",): ("train.epochs", "passes over the data"),
     ("--bs", "--batch_size"): ("train.batch_size", "images per process and micro-batch"),
     ("--accumulation",): ("train.accumulation", "micro-batches per step"),
+    ("--optimizer",): ("train.optimizer", "adamw or muon (for parts trained from nothing)"),
     ("--lr",): ("train.lr", "peak learning rate"),
     ("--lr_vision",): ("train.lr_vision", "of the encoder, when it differs"),
     ("--lr_mapper",): ("train.lr_mapper", "of the mapper, when it differs"),

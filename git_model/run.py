@@ -74,8 +74,8 @@ class Run:
         )
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
-        groups = training.parameter_groups(self.raw_model, options)
-        self.optimizer: Any = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2))
+        engine = self.accelerator.distributed_type.value
+        self.optimizer: Any = training.build_optimizer(self.raw_model, options, engine)
         factor = training.learning_rate_factor(options, self.total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.trained = [p for p in self.raw_model.parameters() if p.requires_grad]

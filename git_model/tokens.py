@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_KNOWN = 1 << 16
 
 
 class TextCodec:
@@ -36,6 +37,7 @@ class TextCodec:
         self.vocab_size = vocab_size
         self.max_target = max_target
         self.max_prompt = max_prompt
+        self._known: dict[str, list[int]] = {}  # questions and answers come back, and the tokenizer is slow to call
         eos = tokenizer.eos_token_id
         if eos is None or not 0 <= eos < vocab_size:
             raise UserError(f"the tokenizer's EOS id is {eos}, outside the embedding table of {vocab_size} rows")
@@ -77,7 +79,12 @@ class TextCodec:
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self._known.get(text)
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if len(self._known) < MAX_KNOWN:
+                self._known[text] = ids
+        return ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -92,7 +92,8 @@ def test_the_output_is_gits(folder: Path, tmp_path: Path) -> None:
     rows = TSVFile(tmp_path / "c.tsv")
     assert [row[0] for row in rows] == [f"k{i}" for i in range(40)]
     assert all(list(json.loads(row[1])[0]) == ["caption"] for row in rows)
-    assert (tmp_path / "c.lineidx.8b").is_file() and (tmp_path / "c.lineidx").is_file()
+    assert (tmp_path / "c.lineidx.8b").is_file()
+    assert (tmp_path / "c.lineidx").is_file()
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"c.tsv", "c.lineidx", "c.lineidx.8b", "c.run_report.json"}
 
@@ -103,7 +104,9 @@ def test_a_bad_row_gets_a_record_and_a_count(folder: Path, tmp_path: Path) -> No
     assert report["reasons"] == dict.fromkeys(sorted(BROKEN.values()), 1)
     assert report["rows"] == 40 == report["ok"] + sum(report["reasons"].values())
     detail = next(e["detail"] for e in report["examples"] if e["reason"] == "key_mismatch")
-    assert "row 11" in detail and "'other'" in detail and "'k11'" in detail
+    assert "row 11" in detail
+    assert "'other'" in detail
+    assert "'k11'" in detail
     answer(folder, tmp_path / "g.tsv")
     good = [json.loads(row[0]) for row in TSVFile(tmp_path / "g.tsv")]
     bad = [json.loads(row[0]) for row in TSVFile(tmp_path / "b.tsv")]
@@ -136,7 +139,8 @@ def test_answers_come_from_the_list(folder: Path, tmp_path: Path, beams: int) ->
     said = {answer(folder, tmp_path / f"{size}.tsv", batch_size=size, **options) for size in (1, 64)}
     assert len(said) == 1
     found = {json.loads(line)["answer"] for line in said.pop().splitlines()}
-    assert found <= set(allowed) and len(found) > 1
+    assert found <= set(allowed)
+    assert len(found) > 1
 
 
 def test_an_answer_list_is_checked(folder: Path, tmp_path: Path) -> None:

@@ -47,18 +47,20 @@ class Row:
 
     def add(self, ids: Sequence[int], segment: int, image: bool = False, target: bool = False) -> None:
         """Append tokens of one kind."""
-        for token in ids:
-            here = len(self.ids)
-            same = bool(self.segments) and self.segments[-1] == segment
-            before = here - 1 if same else self.prefix - 1  # the token that predicts this one
-            self.positions.append(self.positions[before] + 1 if before >= 0 else 0)
-            self.sources.append(max(before, 0))
-            self.ids.append(token)
-            self.image.append(image)
-            self.segments.append(segment)
-            self.labels.append(token if target else IGNORE_INDEX)
-            if segment == 0:
-                self.prefix = here + 1
+        if not ids:
+            return
+        here, count = len(self.ids), len(ids)
+        same = bool(self.segments) and self.segments[-1] == segment
+        before = here - 1 if same else self.prefix - 1  # the token that predicts the first of these
+        start = self.positions[before] + 1 if before >= 0 else 0
+        self.positions += range(start, start + count)
+        self.sources += [max(before, 0), *range(here, here + count - 1)]
+        self.ids += ids
+        self.image += [image] * count
+        self.segments += [segment] * count
+        self.labels += ids if target else [IGNORE_INDEX] * count
+        if segment == 0:
+            self.prefix = here + count
 
 
 class Collator:

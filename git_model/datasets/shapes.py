@@ -1,7 +1,7 @@
 """The embedded data set: drawn scenes with captions, questions and boxes, made anywhere in seconds.
 
-A scene is a pure function of (seed, split, index). The `test` split shows combinations of colour and
-shape that never occur in `train` and `val`, so its scores say whether the two were learned apart.
+A scene is a pure function of (seed, split, index). The `test` split shows combinations of colour, shape and
+size that never occur in `train` and `val`, so its scores say whether the three were learned apart.
 """
 
 from __future__ import annotations
@@ -39,21 +39,24 @@ from git_model.errors import UserError, one_of
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "question", "region")
-VERSION = 1  # raise it when the drawing or the words change: folders written before are made anew
+VERSION = 2  # raise it when the drawing or the words change: folders written before are made anew
 MIN_SIDE = 32
 MIN_VISIBLE = 0.6
 SUPERSAMPLE = 3
 
 RGB = {
-    "red": (214, 28, 38), "orange": (247, 134, 18), "yellow": (252, 222, 40), "green": (26, 146, 58),
-    "blue": (32, 78, 214), "purple": (128, 36, 166), "white": (250, 250, 250), "black": (20, 20, 22),
+    "red": (214, 28, 38), "yellow": (252, 222, 40), "green": (26, 146, 58),
+    "blue": (32, 78, 214), "white": (250, 250, 250), "black": (20, 20, 22),
 }  # fmt: skip
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
-RADII = {"small": (0.105, 0.12), "large": (0.19, 0.215)}  # fractions of the side
+RADII = {"small": (0.125, 0.14), "large": (0.205, 0.23)}  # fractions of the side
+# How often one, two, three things are in a scene. Half of the training scenes show one alone: what a thing is
+# called is learned there, and which of several is meant in the others.
+NUMBER_WEIGHTS = {"train": (50, 35, 15), "val": (20, 50, 30), "test": (20, 50, 30)}
 
 
-def make_scene(seed: int, split: str, index: int, side: int = 64) -> Scene:
+def make_scene(seed: int, split: str, index: int, side: int = 48) -> Scene:
     """Compose the scene number `index` of a split.
 
     Args:
@@ -72,7 +75,7 @@ def make_scene(seed: int, split: str, index: int, side: int = 64) -> Scene:
     key = f"shapes_{seed}_{split}_{index:06d}"
     rng = random.Random(key)
     ground = f"{rng.choice(PATTERNS)} {rng.choice(list(TONE_RGB))}"
-    number = rng.choices((1, 2, 3, 4), weights=(12, 40, 36, 12))[0]
+    number = rng.choices((1, 2, 3), weights=NUMBER_WEIGHTS[split])[0]
     looks = _looks(rng, number, held_out=split == "test")
     while True:
         boxes = _layout(rng, looks, side)
@@ -85,17 +88,19 @@ def make_scene(seed: int, split: str, index: int, side: int = 64) -> Scene:
 
 def _looks(rng: random.Random, number: int, *, held_out: bool) -> list[tuple[str, str, str]]:
     """Choose (colour, shape, size) of each thing; no two share both colour and shape."""
-    combos = [(c, s) for c in COLOURS for s in SHAPES if held_out or (c, s) not in HELD_OUT]
-    chosen = [rng.choice(sorted(HELD_OUT) if held_out else combos)]
-    while len(chosen) < number:
-        # Colours and shapes repeat more often than by chance: otherwise every count would be one.
-        alike = rng.random() < 0.35
-        pool = [p for p in combos if p not in chosen and (not alike or {*p} & {*chosen[0]})]
-        chosen.append(rng.choice(pool))
-    rng.shuffle(chosen)
-    # Four things: two of each size, so that a caption can name the large ones and count the rest.
-    num_large = 2 if number == 4 else rng.randint(1, 2) if number == 3 else rng.randint(0, number)
-    return [(c, s, "large" if i < num_large else "small") for i, (c, s) in enumerate(chosen)]
+    pairs = [(c, s) for c in COLOURS for s in SHAPES]
+    while True:
+        chosen = [rng.choice(pairs)]
+        while len(chosen) < number:
+            # Colours and shapes repeat more often than by chance: otherwise every count would be one.
+            alike = rng.random() < 0.35
+            pool = [p for p in pairs if p not in chosen and (not alike or {*p} & {*chosen[0]})]
+            chosen.append(rng.choice(pool))
+        rng.shuffle(chosen)
+        num_large = rng.randint(1, 2) if number == 3 else rng.randint(0, number)
+        looks = [(c, s, "large" if i < num_large else "small") for i, (c, s) in enumerate(chosen)]
+        if bool(HELD_OUT & {*looks}) == held_out:
+            return looks
 
 
 def _layout(rng: random.Random, looks: Sequence[tuple[str, str, str]], side: int) -> list[Box]:
@@ -206,15 +211,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "cross":
         a, b = 0.32, 0.68
         return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
-    if shape == "star":
-        radii = [1.0, 0.42] * 5
-        corners = [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)]
-    else:  # the parametric curve with 16 sin^3 t, see Wolfram MathWorld, "Heart Curve"
-        turns = [i * math.pi / 20 for i in range(40)]
-        corners = [
-            (16 * math.sin(t) ** 3, -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t))
-            for t in turns
-        ]
+    radii = [1.0, 0.42] * 5  # what is left: the star
+    corners = [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)]
     left, top = (min(c[i] for c in corners) for i in range(2))
     width, height = (max(c[i] for c in corners) - low for i, low in ((0, left), (1, top)))
     return [((u - left) / width, (v - top) / height) for u, v in corners]
@@ -232,10 +230,10 @@ def _paint(pen: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, int, i
 def write_shapes(
     out_dir: Path,
     *,
-    train: int = 4000,
+    train: int = 8000,
     val: int = 400,
     test: int = 400,
-    side: int = 64,
+    side: int = 48,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, int]:

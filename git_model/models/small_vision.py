@@ -96,15 +96,33 @@ def join_maps(maps: list[Tensor], cells: tuple[int, int]) -> Tensor:
     return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)  # (I,N,D)
 
 
-def _stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2, each with GroupNorm (no batch statistics: batch == single) and GELU."""
+def _normed(before: int, after: int, stride: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
+    """A 3x3 convolution with GroupNorm: no batch statistics, so batch == single."""
+    convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+    return convolution, nn.GroupNorm(math.gcd(8, after), after)
+
+
+class _Residual(nn.Module):
+    """x + two convolutions, which begin as nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first, last = _normed(channels, channels, 1), _normed(channels, channels, 1)
+        self.body = nn.Sequential(*first, nn.GELU(), *last)
+        nn.init.zeros_(last[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (I,C,h,w) as it came in."""
+        return F.gelu(x + self.body(x))
+
+
+def _stem(channels: tuple[int, ...], width: int, residual: int) -> nn.Sequential:
+    """Convolutions of stride 2, with residual blocks between them: the wider view tells shapes apart."""
     steps: list[nn.Module] = []
-    for before, after in zip((3, *channels), channels, strict=False):
-        steps += [
-            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1),
-            nn.GroupNorm(math.gcd(8, after), after),
-            nn.GELU(),
-        ]
+    for number, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
+        steps += [*_normed(before, after, 2), nn.GELU()]
+        if number:
+            steps += [_Residual(after) for _ in range(residual)]
     if channels[-1] != width:
         steps.append(nn.Conv2d(channels[-1], width, kernel_size=1))
     return nn.Sequential(*steps)
@@ -118,6 +136,7 @@ class SmallVision(nn.Module):
         depth: number of blocks.
         heads: attention heads of a block.
         stem: output channels of the stride-2 convolutions.
+        residual: blocks of two convolutions after each of these but the first.
         dropout: of the blocks.
         resolution: side in pixels the position table is made for; other inputs interpolate it.
         features: 'pooled' (mean over the cells) or 'grid'.
@@ -130,6 +149,7 @@ class SmallVision(nn.Module):
         depth: int,
         heads: int,
         stem: tuple[int, ...],
+        residual: int,
         dropout: float,
         resolution: int,
         features: str,
@@ -138,7 +158,7 @@ class SmallVision(nn.Module):
         super().__init__()
         self.features, self.layers = features, layers
         side = resolution // 2 ** len(stem)
-        self.stem = _stem(stem, width)
+        self.stem = _stem(stem, width, residual)
         self.positions = nn.Parameter(torch.empty(side * side, width))
         nn.init.normal_(self.positions, std=POSITION_STD)
         self.blocks = nn.ModuleList(
@@ -171,7 +191,7 @@ def small_plan(config: VisionConfig) -> EncoderPlan:
     small = config.small
     cell = 2 ** len(small.stem)
     side = input_side(config, max(SMALL_RESOLUTION, cell), cell)
-    shape = (small.width, small.depth, small.heads, small.stem, small.dropout)
+    shape = (small.width, small.depth, small.heads, small.stem, small.residual, small.dropout)
     layers = layer_numbers(config, small.depth)
 
     def make() -> nn.Module:

@@ -11,7 +11,9 @@ from git_model.errors import UserError, nearest
 from git_model.tasks.caption import caption_image
 from git_model.tasks.data import make_shapes
 from git_model.tasks.evaluate import evaluate
+from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_coco_format, convert_tsv_to_vqa_json
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
+from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
 from git_model.tasks.tsv import caption_tsv
 
 Task = Callable[..., Any]
@@ -21,6 +23,11 @@ Task = Callable[..., Any]
 TASKS: dict[str, Task] = {
     "test_git_inference_single_image": caption_image,
     "test_git_inference_single_tsv": caption_tsv,
+    "evaluate_on_coco_caption": evaluate_on_coco_caption,
+    "evaluate_on_vqa": evaluate_on_vqa,
+    "convert_tsv_to_vqa_json": convert_tsv_to_vqa_json,
+    "convert_tsv_to_coco_format": convert_tsv_to_coco_format,
+    "convert_coco_to_tsv_format": convert_coco_to_tsv_format,
     "evaluate": evaluate,
     "make_shapes": make_shapes,
 }

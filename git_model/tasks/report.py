@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from git_model.batch import Sample
     from git_model.datasets.sources import Source
+    from git_model.metrics.caption import CaptionScores
     from git_model.validation import Prediction
 
 STYLE = """
@@ -52,16 +54,84 @@ def write_report(
             articles.append(_article(sample.images[0], sample.key, chosen.pop(sample.key)))
         if not chosen:
             break
-    page = (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>What the model says</title>"
-        f"<style>{STYLE}</style><h1>What the model says</h1>"
-        f"<p>{html.escape(str(result['model_path']))}, {len(groups)} pictures, {len(articles)} shown.</p>"
-        f"{_table(result)}{''.join(articles)}</html>\n"
-    )
+    lead = f"{result['model_path']}, {len(groups)} pictures, {len(articles)} shown."
     from git_model.datasets.files import write_all
 
-    write_all([(path, [page.encode()])])
+    write_all([(path, [_page("What the model says", lead, _table(result), articles)])])
     return path
+
+
+def write_caption_page(
+    path: Path,
+    found: CaptionScores,
+    results: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
+    image_tsv: str | None = None,
+) -> Path:
+    """Write the worst and the best captions beside their pictures and references; return the page's path.
+
+    Args:
+        path: of the page.
+        found: the scores; the order is by CIDEr, or by the first figure computed.
+        results: image -> caption.
+        references: image -> reference captions.
+        image_tsv: where the pictures are; None shows none.
+    """
+    from git_model.datasets.files import write_all
+
+    by = "CIDEr" if "CIDEr" in found.overall else next(iter(found.overall), "")
+    order = sorted(found.per_image, key=lambda key: (found.per_image[key].get(by, 0.0), str(key)))
+    worst, best = order[: PICTURES // 2], order[: -PICTURES // 2 - 1 : -1]
+    said = {str(key): text for key, text in results.items()}
+    pictures = _pictures(image_tsv, {str(key) for key in (*worst, *best)}) if image_tsv else {}
+    parts = []
+    for title, keys in (("Worst", worst), ("Best", best)):
+        parts.append(f"<h2>{title} by {by}</h2>")
+        for key in keys:
+            listed = "".join(f"<li>{html.escape(text)}</li>" for text in references[key])
+            figures = ", ".join(f"{name} {100 * figure:.1f}" for name, figure in found.per_image[key].items())
+            body = (
+                f"<div class='said'>{html.escape(said[str(key)])}</div><ul class='reference'>{listed}</ul>"
+                f"<div class='reference'>{html.escape(figures)}</div>"
+            )
+            parts.append(_beside(pictures.get(str(key), b""), str(key), body))
+    rows = "".join(f"<tr><td>{name}</td><td>{100 * figure:.2f}</td></tr>" for name, figure in found.overall.items())
+    rows += "".join(
+        f"<tr><td>{name}</td><td>not computed: {html.escape(why)}</td></tr>" for name, why in found.not_computed.items()
+    )
+    lead = f"{len(found.per_image)} images, {found.tokenizer} tokenizer; figures x100."
+    write_all(
+        [(path, [_page("Captions against their references", lead, f"<table class='scores'>{rows}</table>", parts)])]
+    )
+    return path
+
+
+def _pictures(image_tsv: str, keys: Collection[str]) -> dict[str, bytes]:
+    """Return the encoded pictures of some keys; an unreadable one is left out."""
+    from git_model.datasets.records import TSVFile
+
+    file, found = TSVFile(image_tsv), dict[str, bytes]()
+    for row in range(len(file)):
+        if file.key(row).decode(errors="replace") in keys:
+            with suppress(ValueError, IndexError):
+                key, data = file[row][:2]
+                found[key] = base64.b64decode(data, validate=True)
+    return found
+
+
+def _page(title: str, lead: str, table: str, parts: Iterable[str]) -> bytes:
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>"
+        f"<h1>{title}</h1><p>{html.escape(lead)}</p>{table}{''.join(parts)}</html>\n"
+    ).encode()
+
+
+def _beside(image: bytes, key: str, body: str) -> str:
+    """Return a picture with its key, and what is said beside it."""
+    kind = "jpeg" if image[:2] == b"\xff\xd8" else "png"
+    data = base64.b64encode(image).decode()
+    picture = f"<img alt='{html.escape(key)}' src='data:image/{kind};base64,{data}'>" if image else ""
+    return f"<article><div>{picture}<div class='reference'>{html.escape(key)}</div></div><div>{body}</div></article>"
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -78,8 +148,6 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _article(image: bytes, key: str, predictions: list[Prediction]) -> str:
-    kind = "jpeg" if image[:2] == b"\xff\xd8" else "png"
-    picture = f"<img alt='{html.escape(key)}' src='data:image/{kind};base64,{base64.b64encode(image).decode()}'>"
     parts = []
     for p in predictions:
         said = html.escape(p.text)
@@ -93,5 +161,4 @@ def _article(image: bytes, key: str, predictions: list[Prediction]) -> str:
             )
             mark = "right" if right else "wrong"
             parts.append(f"<div>{html.escape(p.target.prompt)} <span class='{mark}'>{said}</span>{note}</div>")
-    caption = f"<div class='reference'>{html.escape(key)}</div>"
-    return f"<article><div>{picture}{caption}</div><div>{''.join(parts)}</div></article>"
+    return _beside(image, key, "".join(parts))
