@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from git_model.batch import Sample, Target
+from git_model.datasets.coco import CocoCaptions, VqaV2
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.records import TSVFile
 from git_model.datasets.shards import TarShards, expand_shards
@@ -231,6 +232,8 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "tsv": TSVPair,
     "webdataset": WebDataset,
     "easy_vqa": EasyVqa,
+    "coco": CocoCaptions,
+    "vqav2": VqaV2,
 }
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.params import Range
+
+if TYPE_CHECKING:
+    from git_model.datasets.coco import CocoCaptions, VqaV2
 
 
 def make_shapes(
@@ -21,3 +25,49 @@ def make_shapes(
     from git_model.datasets.shapes import write_shapes
 
     return write_shapes(Path(out_dir), train=train, val=val, test=test, side=side, seed=seed)
+
+
+def prepare_coco(
+    *,
+    annotations: str,
+    image_dir: str,
+    out_dir: str,
+    name: str,
+    split: Literal["train", "restval", "val", "test"] | None = None,
+    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+) -> dict[str, Any]:
+    """Write {name}.img.tsv and {name}.caption.tsv from COCO: Karpathy's JSON (with split) or the official one."""
+    from git_model.datasets.coco import CocoCaptions
+
+    return _prepared(CocoCaptions(Path(), annotations, image_dir, split), out_dir, name, max_bad)
+
+
+def prepare_vqa(
+    *,
+    questions: str,
+    image_dir: str,
+    out_dir: str,
+    name: str,
+    annotations: str | None = None,
+    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+) -> dict[str, Any]:
+    """Write {name}.img.tsv and {name}.question.tsv from VQAv2's questions JSON; with annotations also the answers."""
+    from git_model.datasets.coco import VqaV2
+
+    return _prepared(VqaV2(Path(), questions, image_dir, annotations), out_dir, name, max_bad)
+
+
+def _prepared(source: CocoCaptions | VqaV2, out_dir: str, name: str, max_bad: float) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from git_model.datasets.coco import write_tsvs
+
+    with tqdm(total=len(source), unit="image") as bar:
+        rows, lost = write_tsvs(source, Path(out_dir), name, bar)
+    if sum(lost.values()) > max_bad * len(source):
+        raise UserError(
+            f"{sum(lost.values())} of {len(source)} images could not be read ({lost}), more than max_bad {max_bad}; "
+            f"the others are in {out_dir}/{name}.img.tsv",
+            EXIT_TOO_MANY_BAD,
+        )
+    return {"out_dir": out_dir, "name": name, "images": len(source), "rows": rows, "left_out": lost}
