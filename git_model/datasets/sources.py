@@ -1,7 +1,4 @@
-"""DATASETS: files of the field -> Sample. A source is a sequence of records with random access.
-
-An entry's keyword arguments are the keys of its mapping in the recipe; a key it does not know is an error.
-"""
+"""DATASETS: files of the field -> Sample. A source is a sequence of records; a recipe names its arguments."""
 
 from __future__ import annotations
 
@@ -223,7 +220,7 @@ class Joined:
         return self.sources[which][index - (self.ends[which - 1] if which else 0)]
 
     def texts(self) -> Iterator[str]:
-        """Yield the texts of every source."""
+        """Yield theirs."""
         return chain.from_iterable(source.texts() for source in self.sources)
 
 
