@@ -158,6 +158,8 @@ class DataConfig:
     augment: str = "none"
     targets: int = 1
     """captions or questions of an image per visit, drawn anew each epoch; 0 = all"""
+    captions: int = 0
+    """at most this many captions among the targets of a visit, where an image has questions too; 0 = no limit"""
     pack: bool = True
     """several targets of an image share its tokens in one row (each sees the image and itself only)"""
     max_text_tokens: int = 64
@@ -174,6 +176,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _choice("data.resize", self.resize, RESIZES)
         _choice("data.augment", self.augment, AUGMENTS)
+        _check(self.captions >= 0, f"data.captions {self.captions} is below 0")
         _check(self.targets >= 0, f"data.targets {self.targets} is below 0")
         _check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")
         _check(0 <= self.max_bad <= 1, f"data.max_bad {self.max_bad} is no share between 0 and 1")

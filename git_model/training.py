@@ -70,6 +70,7 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
         source,
         transform,
         targets=config.data.targets,
+        captions=config.data.captions,
         seed=config.train.seed,
         cache=config.data.cache,
         augment=True,

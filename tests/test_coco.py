@@ -70,7 +70,7 @@ def test_karpathys_splits(folder: Path, split: str | None, ids: tuple[str, ...])
 def test_official_captions_become_tsvs(folder: Path) -> None:
     task = {"type": "prepare_coco", "image_dir": folder / "images", "out_dir": folder / "tsv", "name": "val"}
     found = run({**task, "annotations": folder / "captions.json"})
-    assert (found["rows"], found["left_out"]) == (3, {})
+    assert found["rows"] == {"val.img.tsv": 3, "val.caption.tsv": 3}
     images, captions = (TSVFile(folder / "tsv" / f"val.{kind}.tsv") for kind in ("img", "caption"))
     assert [row[0] for row in images] == [row[0] for row in captions] == ["7", "123", "42"]
     assert base64.b64decode(images[1][1]) == png(1)
@@ -145,7 +145,7 @@ def test_a_question_without_annotation_is_named(folder: Path) -> None:
 def test_real_coco(reference_data: Path, tmp_path: Path) -> None:
     coco = reference_data / "data" / "coco_val2017_subset"
     task = {"type": "prepare_coco", "image_dir": coco / "images", "out_dir": tmp_path, "name": "val"}
-    assert run({**task, "annotations": coco / "captions_val2017_subset.json"})["rows"] == 97
+    assert run({**task, "annotations": coco / "captions_val2017_subset.json"})["images"] == 97
     labels = tmp_path / "val.caption.tsv"
     first = [[row[0], json.loads(row[1])[0]["caption"]] for row in TSVFile(labels)]
     results = tmp_path / "first.json"

@@ -6,7 +6,6 @@ A picture is found by the file name that the JSON gives, or by its id: `COCO_val
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 from collections import Counter
@@ -16,8 +15,7 @@ from typing import Any
 
 from git_model.batch import Sample, Target
 from git_model.datasets.annotations import Id, entries, read_json
-from git_model.datasets.files import RecordError, SampleError
-from git_model.datasets.records import json_cell, write_tsv
+from git_model.datasets.files import SampleError
 from git_model.errors import UserError, one_of
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -154,6 +152,10 @@ class VqaV2:
         )
         return Sample(str(key), (self.folder.read(key),), tuple(targets))
 
+    def questions(self, index: int) -> list[dict[str, Any]]:
+        """Return what a question TSV says of a record: the answer and question types, too."""
+        return self.asked[self.ids[index]]
+
     def texts(self) -> Iterator[str]:
         """Yield every question and its answer."""
         for questions in self.asked.values():
@@ -170,38 +172,3 @@ def _merged(entry: dict[str, Any], annotation: dict[str, Any] | None) -> dict[st
     common = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
     kinds = {key: annotation[key] for key in ("answer_type", "question_type") if key in annotation}
     return {**found, "answer": common, "answers": answers, **kinds}
-
-
-def write_tsvs(source: CocoCaptions | VqaV2, folder: Path, name: str, bar: Any) -> tuple[int, dict[str, int]]:
-    """Write `{name}.img.tsv` and `{name}.caption.tsv` or `.question.tsv`; pictures keep their bytes.
-
-    Returns:
-        rows written, and how many images were left out by reason.
-    """
-    lost: Counter[str] = Counter()
-    kept: list[int] = []
-
-    def images() -> Iterator[tuple[str, bytes]]:
-        for index in range(len(source)):
-            bar.update()
-            try:
-                sample = source[index]
-            except RecordError as error:
-                lost[error.reason] += 1
-                continue
-            kept.append(index)
-            yield sample.key, base64.b64encode(sample.images[0])
-
-    def said() -> Iterator[tuple[str, str]]:
-        for index in kept:
-            if isinstance(source, VqaV2):
-                key = source.ids[index]
-                yield str(key), json_cell(source.asked[key])
-            else:
-                key, _, captions = source.records[index]
-                yield str(key), json_cell([{"caption": caption} for caption in captions])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tsv(folder / f"{name}.img.tsv", images())
-    kind = "question" if isinstance(source, VqaV2) else "caption"
-    return write_tsv(folder / f"{name}.{kind}.tsv", said()), dict(lost)

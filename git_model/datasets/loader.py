@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from git_model.batch import BadSample, CaptionBatch
+from git_model.batch import BadSample, CaptionBatch, Target
 from git_model.datasets.collate import Collator, Loaded
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
@@ -28,6 +28,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         source: the records.
         transform: the one image transform.
         targets: how many captions or questions of an image per visit; 0 = all.
+        captions: at most this many of them captions, where there are questions too; 0 = no limit.
         seed: of the draws.
         cache: keep decoded pictures in memory (of each worker).
         augment: draw augmentations (training).
@@ -39,6 +40,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         transform: Transform,
         *,
         targets: int = 0,
+        captions: int = 0,
         seed: int = 0,
         cache: bool = False,
         augment: bool = False,
@@ -46,6 +48,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         self.source = source
         self.transform = transform
         self.targets = targets
+        self.captions = captions
         self.seed = seed
         self.augment = augment and transform.augment != "none"
         self.cache: dict[int, Any] | None = {} if cache else None
@@ -61,14 +64,22 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             return BadSample(error.key if isinstance(error, SampleError) else f"record {record}", error.reason)
         try:
             rng = np.random.default_rng([self.seed, epoch, record])
-            targets = sample.targets
-            if self.targets and len(targets) > self.targets:
-                drawn = np.sort(rng.choice(len(targets), self.targets, replace=False))
-                targets = tuple(targets[i] for i in drawn)
+            targets = self._drawn(sample.targets, rng)
             images = self._images(record, sample.images, rng)
         except ImageError as error:
             return BadSample(sample.key, error.reason)
         return Loaded(sample.key, images, targets)
+
+    def _drawn(self, targets: tuple[Target, ...], rng: np.random.Generator) -> tuple[Target, ...]:
+        """Return this visit's targets, in the order they have in the record."""
+        captions = [i for i, target in enumerate(targets) if target.question_id is None]
+        kept = range(len(targets))
+        if self.captions and self.captions < len(captions) < len(targets):
+            chosen = {*rng.choice(captions, self.captions, replace=False).tolist()}
+            kept = [i for i in kept if i in chosen or targets[i].question_id is not None]
+        if self.targets and len(kept) > self.targets:
+            kept = np.sort(rng.choice(kept, self.targets, replace=False)).tolist()
+        return tuple(targets[i] for i in kept)
 
     def _images(self, record: int, files: Sequence[bytes], rng: np.random.Generator) -> tuple[Any, ...]:
         """Return the transformed pictures; the cache keeps what does not change between visits."""

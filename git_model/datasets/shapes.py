@@ -51,9 +51,7 @@ RGB = {
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
 RADII = {"small": (0.125, 0.14), "large": (0.205, 0.23)}  # fractions of the side
-# How often one, two, three things are in a scene. Half of the training scenes show one alone: what a thing is
-# called is learned there, and which of several is meant in the others.
-NUMBER_WEIGHTS = {"train": (50, 35, 15), "val": (20, 50, 30), "test": (20, 50, 30)}
+NUMBER_WEIGHTS = (40, 40, 20)  # of scenes with one, two and three things
 
 
 def make_scene(seed: int, split: str, index: int, side: int = 48) -> Scene:
@@ -75,7 +73,7 @@ def make_scene(seed: int, split: str, index: int, side: int = 48) -> Scene:
     key = f"shapes_{seed}_{split}_{index:06d}"
     rng = random.Random(key)
     ground = f"{rng.choice(PATTERNS)} {rng.choice(list(TONE_RGB))}"
-    number = rng.choices((1, 2, 3), weights=NUMBER_WEIGHTS[split])[0]
+    number = rng.choices((1, 2, 3), weights=NUMBER_WEIGHTS)[0]
     looks = _looks(rng, number, held_out=split == "test")
     while True:
         boxes = _layout(rng, looks, side)

@@ -227,11 +227,6 @@ def _relations(scene: Scene, rng: random.Random) -> Iterator[QA]:
         if all(OPPOSITE[rel] in clear_relations(t, b, scene.side) for t in others):
             yield QA(f"what is {rel} the {noun(scene, b)}?", a.name, "relation")
             break
-    if pairs:
-        a, rel, b = pairs[-1]
-        choice = "left or right of" if rel in ("left of", "right of") else "above or below"
-        asked = f"is the {noun(scene, a)} {choice} the {noun(scene, b)}?"
-        yield QA(asked, rel.removesuffix(" of"), "relation")
 
 
 def _yes_no(scene: Scene, rng: random.Random) -> Iterator[QA]:
@@ -252,12 +247,12 @@ def _yes_no(scene: Scene, rng: random.Random) -> Iterator[QA]:
 
 
 def _places(scene: Scene, rng: random.Random) -> Iterator[QA]:
-    """Ask what is in one of nine cells, where one thing alone lies clearly inside it."""
-    for thing in rng.sample(scene.things, len(scene.things))[:2]:
-        where = place(thing, scene.side)
-        near = any(abs(c / scene.side - edge) < 0.04 for c in thing.centre for edge in (1 / 3, 2 / 3))
-        if not near and sum(place(other, scene.side) == where for other in scene.things) == 1:
-            yield QA(f"what is {where}?", thing.name, "place")
+    """Ask what is in one of nine cells, where one thing lies clearly inside it and no other is near."""
+    for thing in rng.sample(scene.things, len(scene.things)):
+        inside = all(abs(c / scene.side - edge) > 0.04 for c in thing.centre for edge in (1 / 3, 2 / 3))
+        apart = (max(abs(a - b) for a, b in zip(thing.centre, o.centre, strict=True)) for o in scene.things)
+        if inside and sum(distance < 0.3 * scene.side for distance in apart) == 1:  # itself
+            yield QA(f"what is {place(thing, scene.side)}?", thing.name, "place")
 
 
 def _word(yes: bool) -> str:

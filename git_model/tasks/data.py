@@ -9,7 +9,7 @@ from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
-    from git_model.datasets.coco import CocoCaptions, VqaV2
+    from git_model.datasets.sources import Source
 
 
 def make_shapes(
@@ -57,17 +57,35 @@ def prepare_vqa(
     return _prepared(VqaV2(Path(), questions, image_dir, annotations), out_dir, name, max_bad)
 
 
-def _prepared(source: CocoCaptions | VqaV2, out_dir: str, name: str, max_bad: float) -> dict[str, Any]:
+def prepare_tsv(
+    *,
+    config: str,
+    out_dir: str,
+    name: str,
+    source: Literal["train", "val"] = "val",
+    data_dir: str | None = None,
+    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+) -> dict[str, Any]:
+    """Write the TSVs of a recipe's own data: {name}.img.tsv with .caption.tsv, .question.tsv or both."""
+    from git_model.config import Config
+    from git_model.datasets.sources import build_source
+    from git_model.schema import from_dict, read_yaml
+
+    data = from_dict(Config, read_yaml(Path(config))).data
+    return _prepared(build_source(getattr(data, source), data_dir or data.dir), out_dir, name, max_bad)
+
+
+def _prepared(source: Source, out_dir: str, name: str, max_bad: float) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from git_model.datasets.coco import write_tsvs
+    from git_model.datasets.prepare import write_tsvs
 
     with tqdm(total=len(source), unit="image") as bar:
-        rows, lost = write_tsvs(source, Path(out_dir), name, bar)
+        rows, lost = write_tsvs(source, Path(out_dir), name, bar.update)
     if sum(lost.values()) > max_bad * len(source):
         raise UserError(
             f"{sum(lost.values())} of {len(source)} images could not be read ({lost}), more than max_bad {max_bad}; "
             f"the others are in {out_dir}/{name}.img.tsv",
             EXIT_TOO_MANY_BAD,
         )
-    return {"out_dir": out_dir, "name": name, "images": len(source), "rows": rows, "left_out": lost}
+    return {"out_dir": out_dir, "images": len(source), "rows": rows, "left_out": lost}

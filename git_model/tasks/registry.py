@@ -9,7 +9,7 @@ from typing import Any
 
 from git_model.errors import UserError, nearest
 from git_model.tasks.caption import caption_image
-from git_model.tasks.data import make_shapes, prepare_coco, prepare_vqa
+from git_model.tasks.data import make_shapes, prepare_coco, prepare_tsv, prepare_vqa
 from git_model.tasks.evaluate import evaluate
 from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_coco_format, convert_tsv_to_vqa_json
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
@@ -32,6 +32,7 @@ TASKS: dict[str, Task] = {
     "make_shapes": make_shapes,
     "prepare_coco": prepare_coco,
     "prepare_vqa": prepare_vqa,
+    "prepare_tsv": prepare_tsv,
 }
 
 
