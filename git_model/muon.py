@@ -57,7 +57,9 @@ class Muon(torch.optim.AdamW):
         for matrices in alike.values():
             wanted = []
             for p, gradient in matrices:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:  # AdamW looks for "step" in every state that it loads
+                    self.state[p] = {"momentum_buffer": torch.zeros_like(p), "step": torch.zeros(())}
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(gradient, 1 - self.momentum)
                 wanted.append(torch.lerp(gradient, buffer, self.momentum).flatten(1))  # (out,in)
             steps = orthogonal(torch.stack(wanted).float())  # (matrices,out,in)

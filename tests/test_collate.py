@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,3 +143,18 @@ def test_real_tokenizers_follow_the_rules(reference_data, tmp_path) -> None:  # 
     question, (answer, _) = rules.prompt("is there a cat?"), rules.target("yes", after_prompt=True)
     assert question + answer == [*gpt2("is there a cat? yes")["input_ids"], 50256]
     assert torch.tensor(answer).max() < 50257
+
+
+def test_a_visit_takes_some_captions_and_the_questions(tiny_tsv: Path) -> None:
+    from git_model.datasets.images import Transform
+    from git_model.datasets.loader import ImageTextDataset
+    from git_model.datasets.sources import build_source
+
+    entry = {"type": "tsv", "images": "t.img.tsv", "captions": "t.caption.tsv", "questions": "t.question.tsv"}
+    source = build_source([entry], tiny_tsv)
+    data = ImageTextDataset(source, Transform(32), captions=1)
+    drawn = [data[epoch, 3].targets for epoch in range(20)]  # type: ignore[union-attr]
+    assert all([t.question_id is None for t in targets] == [True, False] for targets in drawn)
+    assert {targets[0].text for targets in drawn} == {t.text for t in source[3].targets[:2]}
+    only_captions = build_source([entry | {"questions": None}], tiny_tsv)
+    assert len(ImageTextDataset(only_captions, Transform(32), captions=1)[0, 3].targets) == 2  # type: ignore[union-attr]
