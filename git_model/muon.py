@@ -71,10 +71,10 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Return matrices (n,a,b) with their singular values brought near 1, by Newton-Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
-    wide = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if wide else matrices
+    tall = matrices.shape[1] > matrices.shape[2]  # the smaller Gram matrix is the cheaper one
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if wide else x
+    return x.mT if tall else x

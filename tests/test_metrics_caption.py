@@ -22,7 +22,7 @@ from git_model.metrics.caption import (
     cider,
     reference_ceiling,
 )
-from git_model.metrics.ptb import PUNCTUATION, ptb_tokenize
+from git_model.metrics.ptb import PUNCTUATION, cached_ptb_tokenize, ptb_tokenize
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime")
 
@@ -273,3 +273,18 @@ def test_thirty_thousand_captions_in_seconds(coco_captions: list[str]) -> None:
     start = time.perf_counter()
     ptb_tokenize(texts, "python")
     assert time.perf_counter() - start < 10  # under 1 s when the machine is free
+
+
+def test_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["A Dog.", "two cats\nsleep"]
+    expected = ptb_tokenize(texts, "python")
+    assert cached_ptb_tokenize(texts, "python", tmp_path / "c") == expected
+    (file,) = (tmp_path / "c").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("git_model.metrics.ptb._python_tokens", None)  # would fail if it were called
+        assert cached_ptb_tokenize(texts, "python", tmp_path / "c") == expected
+        with pytest.raises(TypeError):
+            cached_ptb_tokenize(texts[:1], "python", tmp_path / "c")
+    file.write_text("[")
+    assert cached_ptb_tokenize(texts, "python", tmp_path / "c") == expected
+    assert cached_ptb_tokenize(texts, "python", Path("/proc/no/such")) == expected

@@ -24,6 +24,7 @@ HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
 
 CLEAR = 0.15  # of the side: a smaller displacement is not asked about
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+ASKED_OF = (("shape", "shape"), ("color", "colour"))  # the word of a question, the field of a Thing
 SYNONYMS = {"small": "little", "large": "big"}
 NUM_CAPTIONS = 5
 
@@ -158,7 +159,7 @@ def questions(scene: Scene) -> list[QA]:
     places are asked only where the displacement is more than CLEAR of the side.
     """
     rng = random.Random(f"{scene.key}/questions")
-    kinds = (_counts, _attributes, _relations, _yes_no, _places)
+    kinds = (_counts, _attributes, _relations, _yes_no)
     unique = list({qa.question: qa for kind in kinds for qa in kind(scene, rng)}.values())
     return rng.sample(unique, len(unique))
 
@@ -225,7 +226,8 @@ def _relations(scene: Scene, rng: random.Random) -> Iterator[QA]:
     for a, rel, b in pairs:
         others = [t for t in scene.things if t is not a and t is not b]
         if all(OPPOSITE[rel] in clear_relations(t, b, scene.side) for t in others):
-            yield QA(f"what is {rel} the {noun(scene, b)}?", a.name, "relation")
+            word, field = rng.choice(ASKED_OF)
+            yield QA(f"what {word} is {rel} the {noun(scene, b)}?", getattr(a, field), "relation")
             break
 
 
@@ -244,15 +246,6 @@ def _yes_no(scene: Scene, rng: random.Random) -> Iterator[QA]:
         thing, yes = rng.choice(alone), rng.random() < 0.5
         wrong = [c for c, s in pool if s == thing.shape]
         yield QA(f"is the {thing.shape} {thing.colour if yes else rng.choice(wrong)}?", _word(yes), "yes/no")
-
-
-def _places(scene: Scene, rng: random.Random) -> Iterator[QA]:
-    """Ask what is in one of nine cells, where one thing lies clearly inside it and no other is near."""
-    for thing in rng.sample(scene.things, len(scene.things)):
-        inside = all(abs(c / scene.side - edge) > 0.04 for c in thing.centre for edge in (1 / 3, 2 / 3))
-        apart = (max(abs(a - b) for a, b in zip(thing.centre, o.centre, strict=True)) for o in scene.things)
-        if inside and sum(distance < 0.3 * scene.side for distance in apart) == 1:  # itself
-            yield QA(f"what is {place(thing, scene.side)}?", thing.name, "place")
 
 
 def _word(yes: bool) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from git_model.errors import UserError, one_of
-from git_model.metrics.ptb import ptb_tokenize
+from git_model.metrics.ptb import cached_ptb_tokenize
 
 # An image's id, text or number. (Not `str | int`: a dict[int, str] is no Mapping[str | int, str].)
 Key = Any
@@ -59,6 +59,7 @@ def caption_scores(
     references: Mapping[Key, Sequence[str]],
     metrics: Sequence[str] = DEFAULT_METRICS,
     engine: str = "auto",
+    cache: Path | None = None,
 ) -> CaptionScores:
     """Score one caption per image against its reference captions.
 
@@ -67,6 +68,7 @@ def caption_scores(
         references: image -> reference captions, at least one.
         metrics: names out of `METRICS`.
         engine: tokenizer, see `ptb_tokenize`.
+        cache: folder that keeps the references' tokens between calls; where it cannot be written, nothing is kept.
 
     Raises:
         UserError: unknown metric, images on one side only, nothing to score, no reference words.
@@ -75,7 +77,7 @@ def caption_scores(
         if name not in METRICS:
             raise one_of("caption metric", name, METRICS)
     keys, said, wanted = _aligned(predictions, references)
-    wanted_tokens, used = _tokenised(wanted, engine)
+    wanted_tokens, used = _tokenised(wanted, engine, cache)
     said_tokens, _ = _tokenised([[text] for text in said], used)
     _check_words(wanted_tokens)
     overall: dict[str, float] = {}
@@ -182,9 +184,9 @@ def _aligned(
     return keys, [said[str(key)] for key in keys], [list(references[key]) for key in keys]
 
 
-def _tokenised(groups: Sequence[Sequence[str]], engine: str) -> tuple[Tokens, str]:
+def _tokenised(groups: Sequence[Sequence[str]], engine: str, cache: Path | None = None) -> tuple[Tokens, str]:
     """Tokenise groups of texts in one go; return them by position, and the engine used."""
-    flat, used = ptb_tokenize([text for group in groups for text in group], engine)
+    flat, used = cached_ptb_tokenize([text for group in groups for text in group], engine, cache)
     texts = iter(flat)
     return {place: [next(texts) for _ in group] for place, group in enumerate(groups)}, used
 

@@ -7,12 +7,16 @@ jar's on real captions and on probes, odd cases included.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,11 +50,7 @@ def ptb_tokenize(texts: Sequence[str], engine: str = "auto") -> tuple[list[str],
     Raises:
         UserError: unknown engine; ``java`` without Java or jar, or when the jar fails.
     """
-    if engine not in ENGINES:
-        raise one_of("tokenizer engine", engine, ENGINES)
-    java, jar = shutil.which("java"), _find_jar()
-    if engine == "auto":
-        engine = "java" if java and jar else "python"
+    engine, java, jar = _choose(engine)
     if engine == "python":
         return [" ".join(_python_tokens(text)) for text in texts], engine
     if not java:
@@ -58,6 +58,36 @@ def ptb_tokenize(texts: Sequence[str], engine: str = "auto") -> tuple[list[str],
     if not jar:
         raise UserError(f"tokenizer engine 'java' needs {JAR_NAME} of the package pycocoevalcap")
     return _java_tokenize(texts, java, jar), engine
+
+
+def cached_ptb_tokenize(texts: Sequence[str], engine: str, folder: Path | None) -> tuple[list[str], str]:
+    """Do as `ptb_tokenize`, and keep the tokens in `folder` under a hash of the texts and of what made them."""
+    if folder is None:
+        return ptb_tokenize(texts, engine)
+    engine, _, _ = _choose(engine)
+    maker = JAR_NAME if engine == "java" else f"python {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    file = folder / f"{hashlib.sha256(json.dumps([maker, *texts]).encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError):  # not there, or damaged: made anew
+        kept = json.loads(file.read_bytes())
+        if isinstance(kept, list) and len(kept) == len(texts):
+            return kept, engine
+    tokens, engine = ptb_tokenize(texts, engine)
+    with suppress(OSError):  # a read-only home is no reason to stop
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(tokens))
+        part.replace(file)
+    return tokens, engine
+
+
+def _choose(engine: str) -> tuple[str, str | None, Path | None]:
+    """Return the engine that `engine` means here, Java and the jar."""
+    if engine not in ENGINES:
+        raise one_of("tokenizer engine", engine, ENGINES)
+    java, jar = shutil.which("java"), _find_jar()
+    if engine == "auto":
+        engine = "java" if java and jar else "python"
+    return engine, java, jar
 
 
 def _find_jar() -> Path | None:

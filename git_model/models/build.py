@@ -10,11 +10,11 @@ import torch
 
 from git_model.config import DTYPES, Config
 from git_model.errors import UserError
-from git_model.models.decoders import build_decoder
+from git_model.models.decoders import build_decoder, decoder_width
 from git_model.models.git import GitModel
 from git_model.models.language import LanguageModel
 from git_model.models.mapper import build_mapper
-from git_model.models.vision import build_vision
+from git_model.models.vision import build_vision, vision_facts
 from git_model.tokens import TextCodec, load_tokenizer
 
 
@@ -33,6 +33,9 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
         if config.language.name == "small":
             raise UserError("a small language model needs the tokenizer of its data")
         tokenizer = load_tokenizer(config.language.name)
+    if config.mapper.type == "none":  # it joins equal widths only: said before any weights are fetched
+        facts = vision_facts(config.vision)
+        build_mapper(config.mapper, facts.dim, decoder_width(config.language), facts.num_tokens)
     torch.manual_seed(config.train.seed)
     vision = build_vision(config.vision, "vision" not in held)
     frozen, dtype = frozen_parts(config), config.language.dtype

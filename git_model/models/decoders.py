@@ -30,6 +30,24 @@ def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = T
         raise UserError(f"cannot load the language model '{config.name}': {reason}") from error
 
 
+def decoder_width(config: LanguageConfig) -> int:
+    """Return E of a decoder without loading its weights.
+
+    Raises:
+        UserError: no such model.
+    """
+    from transformers import AutoConfig
+
+    if config.name == "small":
+        return config.small.width
+    try:
+        found = AutoConfig.from_pretrained(config.name).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the language model '{config.name}': {reason}") from error
+    return int(getattr(found, "word_embed_proj_dim", None) or found.hidden_size)
+
+
 def small_decoder_config(config: LanguageConfig, tokenizer: Any) -> Any:
     """Return the Hugging Face config of a small decoder with the tokenizer's vocabulary."""
     from transformers import GPT2Config, LlamaConfig, OPTConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +43,8 @@ def evaluate_on_coco_caption(
     if subset:
         known = {str(key) for key in results}
         references = {key: texts for key, texts in references.items() if str(key) in known}
-    found = caption_scores(results, references, metrics or METRICS)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "git_model" / "ptb"
+    found = caption_scores(results, references, metrics or METRICS, cache=cache)
     out = Path(outfile) if outfile else Path(res_file).with_suffix(".eval.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     stem = out.with_suffix("")
