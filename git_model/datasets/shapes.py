@@ -50,7 +50,7 @@ RGB = {
 }  # fmt: skip
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
-RADII = {"small": (0.125, 0.14), "large": (0.205, 0.23)}  # fractions of the side
+RADII = {"small": (0.13, 0.143), "large": (0.215, 0.235)}  # fractions of the side
 NUMBER_WEIGHTS = (40, 40, 20)  # of scenes with one, two and three things
 
 
@@ -228,7 +228,7 @@ def _paint(pen: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, int, i
 def write_shapes(
     out_dir: Path,
     *,
-    train: int = 10_000,
+    train: int = 10_500,
     val: int = 400,
     test: int = 400,
     side: int = 48,

@@ -15,10 +15,10 @@ from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
-    from git_model.datasets.asking import AskRow
+    from git_model.datasets.asking import AskRow, AskRows
     from git_model.models.language import Decoding
     from git_model.tasks.captioner import GitCaptioner, PublishedCaptioner
-    from git_model.tasks.journal import Done
+    from git_model.tasks.journal import Done, Journal
 
 CHUNK_BATCHES = 8  # batches between two notes in the journal; inside, prompts are sorted by length
 
@@ -47,8 +47,6 @@ def caption_tsv(
     device: str = "auto",
 ) -> dict[str, Any] | None:
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun shares it among processes."""
-    from tqdm import tqdm
-
     from git_model.datasets.asking import AskRows
     from git_model.models.language import Decoding
     from git_model.tasks import journal
@@ -82,14 +80,7 @@ def caption_tsv(
     rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = journal.Journal(out, job, rank, world, len(rows))
-    left = done.left()
-    with tqdm(
-        total=len(done.rows), initial=len(done.rows) - len(left), unit="image", smoothing=0.1, disable=rank > 0
-    ) as bar:
-        for chunk in _chunks(rows, left, workers, CHUNK_BATCHES * batch_size):
-            done.add(_answered(captioner, chunk, decoding, batch_size, asked=question_tsv is not None))
-            bar.update(len(chunk))
-    done.close()
+    _answer_all(captioner, rows, done, decoding, batch_size, workers)
     journal.finish_rank(out, done, rank, world, columns=1 if question_tsv else 2)
     if rank > 0:
         if _finished(out, job):  # rank 0 had this rank's part from a run before, and is through
@@ -101,9 +92,37 @@ def caption_tsv(
     return _judged(report, max_bad)
 
 
+def _answer_all(
+    captioner: GitCaptioner | PublishedCaptioner,
+    rows: AskRows,
+    done: Journal,
+    decoding: Decoding,
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Answer the rows that the journal lacks, and note them there some batches at a time."""
+    import torch
+    from tqdm import tqdm
+
+    left, total = done.left(), len(done.rows)
+    first = done.rows.start == 0
+    with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=not first) as bar:
+        for chunk in _chunks(rows, left, workers, CHUNK_BATCHES * batch_size):
+            try:
+                done.add(_answered(captioner, chunk, decoding, batch_size, asked=rows.questions is not None))
+            except torch.OutOfMemoryError as error:
+                told = f"the GPU's memory is full: lower batch_size {batch_size}; what is done so far is kept"
+                raise UserError(told) from error
+            bar.update(len(chunk))
+    done.close()
+
+
 def _rank() -> tuple[int, int]:
-    """Return this process's number and how many there are (torchrun's or SLURM's variables)."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    """Return this process's number and how many there are: torchrun's variables, or those of srun.
+
+    SLURM_NTASKS would not do: a batch script has it, too, and is one process.
+    """
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
@@ -114,9 +133,16 @@ def _chunks(rows: Any, left: Sequence[int], workers: int, size: int) -> Iterator
     from torch.utils.data import DataLoader
 
     loader = DataLoader(rows, batch_size=None, sampler=left, num_workers=workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
-    stream = iter(loader)
+    stream = map(_own, loader)
     while chunk := list(islice(stream, size)):
         yield chunk
+
+
+def _own(row: AskRow) -> AskRow:
+    """Copy a picture out of the worker's shared memory: thousands waiting there would use up the open files."""
+    import torch
+
+    return replace(row, picture=row.picture.clone()) if isinstance(row.picture, torch.Tensor) else row
 
 
 def _as_it_is(row: AskRow) -> AskRow:
