@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import config, git_model, png
 
 from git_model.checkpoint import save_checkpoint
@@ -150,6 +151,44 @@ def test_an_answer_list_is_checked(folder: Path, tmp_path: Path) -> None:
             answer(folder, tmp_path / "o.tsv", answer_list=str(tmp_path / name))
 
 
+def test_odd_rows_are_records_not_the_runs_end(folder: Path, tmp_path: Path) -> None:
+    images = [(f"k{i}", base64.b64encode(png(i)).decode()) for i in range(4)]
+    lines = ["\t".join(row) for row in images]
+    lines[1] = lines[1].replace("k1", "k\r1")
+    (tmp_path / "i.tsv").write_bytes(("\n".join([*lines, "\r"]) + "\n").encode())
+    asked = ["what?"] * 5
+    asked[2], asked[3] = "what \ud83d?", "why? " * 300
+    keys = ["k0", "k\r1", "k2", "k3", "\r"]
+    rows = (
+        f"{k}\t{json_cell([{'question': q, 'question_id': i}])}"
+        for i, (k, q) in enumerate(zip(keys, asked, strict=False))
+    )
+    (tmp_path / "q.tsv").write_bytes(("\n".join(rows) + "\n").encode())
+    files = {"image_tsv": str(tmp_path / "i.tsv"), "question_tsv": str(tmp_path / "q.tsv"), "max_bad": 1}
+    answer(folder, tmp_path / "o.tsv", **files)
+    records = [json.loads(row[0]) for row in TSVFile(tmp_path / "o.tsv")]
+    errors = [record.get("error") for record in records]
+    assert errors == [None, "bad_key", "bad_question_json", "bad_prompt", "bad_row"]
+    answer(folder, tmp_path / "c.tsv", **{**files, "question_tsv": None})
+    assert [row[0] for row in TSVFile(tmp_path / "c.tsv")] == ["k0", "k1", "k2", "k3", ""]
+
+
+def test_an_input_is_never_overwritten(folder: Path) -> None:
+    before = (folder / "good.img.tsv").read_bytes()
+    with pytest.raises(UserError, match="would overwrite the input"):
+        answer(folder, folder / "good.img.tsv")
+    assert (folder / "good.img.tsv").read_bytes() == before
+
+
+def test_an_old_report_is_not_another_outputs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = answer(folder, tmp_path / "o.tsv")
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # killed between the output and its report
+            answer(folder, tmp_path / "o.tsv", max_new_tokens=2)
+    assert answer(folder, tmp_path / "o.tsv") == first
+
+
 def test_what_is_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = answer(folder, tmp_path / "o.tsv")
     monkeypatch.setattr("git_model.tasks.captioner.open_captioner", None)  # would fail if it were called
@@ -222,6 +261,7 @@ def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             code = 1
+            torch.set_num_threads(1)  # a forked process has none of its parent's
             try:
                 answer(folder, out, batch_size=1)
                 code = 0

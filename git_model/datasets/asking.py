@@ -80,10 +80,12 @@ class AskRows:
 
     def __getitem__(self, row: int) -> AskRow:
         columns, error, detail = self._columns(self.images, row)
-        key = columns[0] if columns else f"row_{row}"
+        key = columns[0].replace("\r", "") if columns else f"row_{row}"
+        if columns and key != columns[0] and not error:
+            error, detail = "bad_key", f"row {row} of {self.images.path} has a carriage return in its key '{key}'"
         if not error and row in self.repeated:
             error, detail = "duplicate_key", f"row {row} of {self.images.path} repeats the key '{key}'"
-        questions, why, where = self._questions(row, key if columns else None)
+        questions, why, where = self._questions(row, columns[0] if columns else None)
         error, detail = (error, detail) if error else (why, where)
         if error:
             return AskRow(row, key, None, questions, error, detail)
@@ -125,6 +127,7 @@ class AskRows:
 def _text(entry: dict[str, Any]) -> str:
     if not isinstance(entry["question"], str):
         raise TypeError(f"the question is {entry['question']!r}, not text")
+    entry["question"].encode()  # half an emoji is a ValueError here, and a TypeError in a tokenizer
     return entry["question"]
 
 

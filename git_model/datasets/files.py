@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from git_model.errors import UserError
+
 log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 64
@@ -109,6 +111,15 @@ def write_all(files: Iterable[tuple[Path, Iterable[bytes | memoryview]]], mtime_
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def refuse_overwriting(out: str | Path, *inputs: str | Path | None) -> None:
+    """Raise UserError where an output is one of the inputs, or the index of one."""
+    target = Path(out).resolve()
+    for given in filter(None, inputs):
+        path = Path(given).resolve()
+        if target in (path, path.with_suffix(".lineidx"), path.with_suffix(".lineidx.8b")):
+            raise UserError(f"the output '{out}' would overwrite the input '{given}'")
 
 
 def checked_index(index: int, length: int, what: object) -> int:

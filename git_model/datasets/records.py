@@ -167,8 +167,10 @@ class TSVFile(Sequence[list[str]]):
         row = self._row(checked_index(index, len(self), self.path))
         if row is None and not self._rebuilt:
             log.warning("row %d of %s does not meet its index: rebuilding it", index, self.path)
-            self._rebuilt = True
+            self._rebuilt, before = True, len(self)
             self._rebuild()
+            if len(self) != before:  # whoever counted the rows before counted wrong
+                raise UserError(f"the index of {self.path} was not its own; it is rebuilt now: start again")
             row = self._row(checked_index(index, len(self), self.path))
         if row is None:
             raise RecordError("bad_row", f"{self.path} row {index}")

@@ -100,4 +100,6 @@ class GitModel(nn.Module):
         ids = self.language.generate(
             embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
         )  # (R,new)
+        if decoding and decoding.answers:
+            return [decoding.answers.text(row) for row in ids.tolist()]
         return [self.codec.decode(row) for row in ids.tolist()]

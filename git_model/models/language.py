@@ -59,7 +59,7 @@ class Decoding:
         """The most new tokens a row can get."""
         return self.answers.longest if self.answers else self.max_new_tokens
 
-    def settings(self, eos_id: int | None, pad_id: int | None, **others: Any) -> dict[str, Any]:
+    def settings(self, eos_id: int | list[int], pad_id: int, **others: Any) -> dict[str, Any]:
         """Return the arguments of Hugging Face's `generate`; `others` go into its GenerationConfig."""
         config = GenerationConfig(
             max_new_tokens=self.longest,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,8 +31,8 @@ class Captioner(Protocol):
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """Return what is computed once for a picture, however much is asked about it."""
 
-    def length(self, prompt: str) -> int:
-        """Return what prompts are sorted by; raises UserError where the model cannot take it."""
+    def length(self, prompt: str, new: int) -> int:
+        """Return what prompts are sorted by; raises UserError where the model cannot take it and `new` tokens."""
 
     def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return a text for each pair; pairs of one call may differ in length."""
@@ -42,6 +43,8 @@ class Captioner(Protocol):
 
 class GitCaptioner:
     """A checkpoint of ours."""
+
+    batches = 8  # of pictures held at a time
 
     def __init__(self, loaded: Loaded, device: str) -> None:
         from git_model.datasets.collate import Collator
@@ -58,13 +61,18 @@ class GitCaptioner:
         with torch.inference_mode():
             return list(self.model.encode(torch.stack(list(pictures)).to(self.device)))
 
-    def length(self, prompt: str) -> int:
+    def length(self, prompt: str, new: int) -> int:
         """Return the tokens of a prompt."""
         from git_model.batch import IMG_SLOT
 
         if prompt.count(IMG_SLOT) > 1:
             raise UserError(f"{prompt.count(IMG_SLOT)} {IMG_SLOT} slots for 1 image")
-        return len(self.model.codec.prompt(prompt))
+        codec, most = self.model.codec, self.model.language.max_positions
+        length = sum(len(codec.prompt(part.strip())) for part in prompt.split(IMG_SLOT))
+        whole = len(codec.bos_ids) + self.model.num_image_tokens + length + new
+        if most is not None and whole > most:
+            raise UserError(f"the prompt has {length} tokens; with image and answer {whole}, more than {most}")
+        return length
 
     def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return one text a prompt."""
@@ -97,14 +105,16 @@ class GitCaptioner:
         from git_model.models.answers import AnswerTrie
 
         codec = self.model.codec
-        encoded = [codec.target(answer, after_prompt) for answer in answers]
-        if long := [answer for answer, (_, cut) in zip(answers, encoded, strict=True) if cut]:
+        encoded = {answer: codec.target(answer, after_prompt) for answer in answers}
+        if long := [answer for answer, (_, cut) in encoded.items() if cut]:
             raise UserError(f"answer '{long[0]:.60}' has more than {codec.max_target - 1} tokens")
-        return AnswerTrie((ids for ids, _ in encoded), codec.pad_id)
+        return AnswerTrie({answer: ids for answer, (ids, _) in encoded.items()}, codec.pad_id)
 
 
 class PublishedCaptioner:
     """A Hugging Face image-to-text model; prompts of one length share a batch, so none is padded."""
+
+    batches = 1  # its pictures are held as they are, of any size
 
     def __init__(self, model: PublishedModel, prompt_format: str) -> None:
         self.model, self.prompt_format = model, prompt_format
@@ -119,16 +129,16 @@ class PublishedCaptioner:
         """Return the pictures: these models keep their features to themselves."""
         return list(pictures)
 
-    def length(self, prompt: str) -> int:
+    def length(self, prompt: str, new: int) -> int:
         """Return the tokens of a prompt as the model gets it."""
-        return self.model.length(self._full(prompt))
+        return self.model.length(self._full(prompt), new)
 
     def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return one text a prompt."""
         full = [self._full(prompt) for prompt in prompts]
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(full):
-            groups.setdefault(self.model.length(prompt), []).append(i)
+            groups.setdefault(self.model.length(prompt, decoding.longest), []).append(i)
         texts: dict[int, str] = {}
         for members in groups.values():
             said = self.model.generate([encoded[i] for i in members], [full[i] for i in members], decoding)
@@ -182,20 +192,20 @@ def is_published(model_path: str) -> bool:
     return looks_like_id and not path.exists() and not path.parent.is_dir()
 
 
+MODEL_FILES = re.compile(r"(config|generation|preprocessor|processor|token|special|vocab|merges|chat|model|pytorch).*")
+
+
 def fingerprint(paths: Sequence[str | Path | None]) -> str:
-    """Return a hash of names, sizes and times of files; of a folder, of all in it; of a name, of itself."""
+    """Return a hash of names, sizes and times of files; of a folder, those of the model in it; of a name, of itself."""
     digest = hashlib.sha256()
     for path in paths:
-        if path is None:
-            digest.update(b"none;")
-            continue
-        root = Path(path)
-        files = sorted(root.rglob("*")) if root.is_dir() else [root] if root.is_file() else []
-        for file in files:
-            status = os.stat(file)
-            digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
-        if not files:
-            digest.update(f"{path};".encode())
+        root = Path(path or "none")
+        inside = [f for f in sorted(root.iterdir()) if MODEL_FILES.match(f.name)] if root.is_dir() else [root]
+        digest.update(f"{path};".encode())
+        for file in inside:
+            if file.is_file() and ".tsv." not in file.name:
+                status = file.stat()
+                digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
     return digest.hexdigest()
 
 
@@ -255,7 +265,11 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        # torchrun's, or srun's; where each task sees one GPU only, that is number 0
+        own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        return f"cuda:{int(own) % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

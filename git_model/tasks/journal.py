@@ -20,6 +20,7 @@ from typing import Any
 
 from git_model.datasets.files import write_all
 from git_model.datasets.records import TSVFile, write_tsv
+from git_model.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +153,13 @@ def _output(journal: Journal, columns: int) -> Iterator[Sequence[str]]:
             yield cells[start : start + columns]
 
 
-def merge(out_tsv: Path, job: str, world: int) -> dict[str, Any]:
-    """Wait for every rank, join their TSVs into `out_tsv`, remove what only going on needed; return the counts."""
-    reports = [_wait(rank_file(out_tsv, rank, world, "json"), job, rank) for rank in range(world)]
+def merge(out_tsv: Path, job: str, world: int, started: float) -> dict[str, Any]:
+    """Wait for every rank and join their TSVs into `out_tsv`; return the counts.
+
+    Raises:
+        UserError: a rank that began with this run did another job.
+    """
+    reports = [_wait(rank_file(out_tsv, rank, world, "json"), job, rank, started) for rank in range(world)]
     parts = [TSVFile(rank_file(out_tsv, rank, world, "tsv")) for rank in range(world)]
     write_tsv(out_tsv, (row for part in parts for row in part))
     total: dict[str, int] = {}
@@ -180,11 +185,12 @@ def clean(out_tsv: Path) -> None:
     """Remove the ranks' files of this and of earlier runs; `out_tsv` and its report are in place."""
     pattern = re.compile(re.escape(out_tsv.name) + r"\.\d+\.\d+\.(journal|json|tsv|lineidx|lineidx\.8b)")
     for path in sorted(out_tsv.parent.iterdir()):
-        if pattern.fullmatch(path.name):
+        torn = path.name.startswith(f".{out_tsv.name}.") and path.name.endswith(".part")  # of a killed process
+        if torn or pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
-def _wait(path: Path, job: str, rank: int) -> dict[str, Any]:
+def _wait(path: Path, job: str, rank: int, started: float) -> dict[str, Any]:
     """Return a rank's counts as soon as they are there; a rank that dies takes this one with it (torchrun)."""
     told = time.monotonic()
     while True:
@@ -192,6 +198,8 @@ def _wait(path: Path, job: str, rank: int) -> dict[str, Any]:
             report = json.loads(path.read_bytes())
             if report["job"] == job:
                 return report
+            if path.stat().st_mtime > started:
+                raise UserError(f"rank {rank} did another job: was the model or a file replaced meanwhile? Start again")
         except FileNotFoundError:
             pass
         if time.monotonic() - told > TELL_SECONDS:

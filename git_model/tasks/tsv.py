@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from git_model.models.language import Decoding
     from git_model.tasks.captioner import GitCaptioner, PublishedCaptioner
     from git_model.tasks.journal import Done, Journal
-
-CHUNK_BATCHES = 8  # batches between two notes in the journal; inside, prompts are sorted by length
 
 
 def caption_tsv(
@@ -48,25 +47,21 @@ def caption_tsv(
 ) -> dict[str, Any] | None:
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun shares it among processes."""
     from git_model.datasets.asking import AskRows
+    from git_model.datasets.files import refuse_overwriting
     from git_model.models.language import Decoding
     from git_model.tasks import journal
     from git_model.tasks.caption import read_answers
     from git_model.tasks.captioner import fingerprint, open_captioner
 
-    out, rank, world = Path(out_tsv), *_rank()
+    out, rank, world, started = Path(out_tsv), *_rank(), time.time()
     if out.suffix != ".tsv":
         raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
     for path in filter(None, (image_tsv, question_tsv)):
         if not Path(path).is_file():
             raise UserError(f"no TSV file '{path}'")
+    refuse_overwriting(out_tsv, image_tsv, question_tsv, model_path, answer_list)
     answers = read_answers(answer_list) if answer_list else None
     decoding = Decoding(beams, max_new_tokens, min_new_tokens, length_penalty)
-    settings = [prompt, prompt_format, answers, beams, max_new_tokens, min_new_tokens, length_penalty]
-    files = fingerprint([model_path, image_tsv, question_tsv])
-    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
-    if finished := _finished(out, job):
-        return _judged(finished, max_bad) if rank == 0 else None
-
     architecture = {
         "image_encoder_type": image_encoder_type,
         "language_model": language_model,
@@ -74,6 +69,11 @@ def caption_tsv(
         "output_grid": output_grid,
         "input_resolution": input_resolution,
     }
+    settings = [prompt, prompt_format, answers, beams, max_new_tokens, min_new_tokens, length_penalty, architecture]
+    files = fingerprint([model_path, image_tsv, question_tsv])
+    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+    if finished := _finished(out, job):
+        return _judged(finished, max_bad) if rank == 0 else None
     captioner = open_captioner(model_path, architecture, device, prompt_format)
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt)))
@@ -86,7 +86,8 @@ def caption_tsv(
         if _finished(out, job):  # rank 0 had this rank's part from a run before, and is through
             journal.clean(out)
         return None
-    report = {"out_tsv": out_tsv, "job": job, **journal.merge(out, job, world)}
+    journal.report_path(out).unlink(missing_ok=True)  # never an old report beside a new output
+    report = {"out_tsv": out_tsv, "job": job, **journal.merge(out, job, world, started)}
     journal.write_report(out, report)
     journal.clean(out)
     return _judged(report, max_bad)
@@ -107,7 +108,7 @@ def _answer_all(
     left, total = done.left(), len(done.rows)
     first = done.rows.start == 0
     with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=not first) as bar:
-        for chunk in _chunks(rows, left, workers, CHUNK_BATCHES * batch_size):
+        for chunk in _chunks(rows, left, workers, captioner.batches * batch_size):
             try:
                 done.add(_answered(captioner, chunk, decoding, batch_size, asked=rows.questions is not None))
             except torch.OutOfMemoryError as error:
@@ -168,7 +169,7 @@ def _answered(
     for row in good:
         for number, question in enumerate(row.questions):
             try:
-                waiting.append((captioner.length(question.prompt), row.row, number, question.prompt))
+                waiting.append((captioner.length(question.prompt, decoding.longest), row.row, number, question.prompt))
             except UserError as error:
                 refused[row.row, number] = str(error)
     waiting.sort()
