@@ -11,11 +11,12 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_OK, UserError
+from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_OK, EXIT_USAGE, UserError
 from git_model.flags import Parser
 from git_model.tasks.params import escape, parse_params
 from git_model.tasks.registry import TASKS, Task, describe, run
 
+PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 
 
@@ -42,6 +43,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in DISK:
         return EXIT_IO, str(error)
+    if isinstance(error, PATHS):  # a path that the user named
+        return EXIT_USAGE, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     return EXIT_BUG, f"our bug (--debug shows where): {type(error).__name__}: {error}"

@@ -111,6 +111,7 @@ def main() -> None:
         sizes = f"{options.images} images, width {options.width}, depth {options.depth}"
         print(f"{sizes}, {device}, {torch.get_num_threads()} threads")
         print(f"{'beams':>5} {'batch':>6} {'images/s':>9} {'x plain':>8}  same text")
+        plain(folder, 1, device)  # warms both sides up
         for beams in options.beams:
             _line(options.images, beams, None, plain, (folder, beams, device))
             for batch in options.batch:

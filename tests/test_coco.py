@@ -119,6 +119,21 @@ def test_a_missing_picture_is_left_out_and_counted(folder: Path) -> None:
         assert [row[0] for row in TSVFile(folder / "tsv" / f"val.{kind}.tsv")] == ["7", "42"]
 
 
+def test_a_name_never_stands_for_another_picture(folder: Path) -> None:
+    images = [{"filename": f"img_000{i}.png", "imgid": i, "split": "test", "sentences": [{"raw": "a"}]} for i in (2, 3)]
+    (folder / "flickr.json").write_text(json.dumps({"images": images}))
+    (folder / "images" / "img_0003.png").write_bytes(png(3))
+    task = {"type": "prepare_coco", "annotations": folder / "flickr.json", "image_dir": folder / "images"}
+    task |= {"out_dir": folder / "tsv", "name": "f"}
+    assert run({**task, "max_bad": 0.5})["left_out"] == {"missing": 1}
+    assert [row[0] for row in TSVFile(folder / "tsv" / "f.img.tsv")] == ["img_0003.png"]
+    (folder / "images" / "sub" / "img_0003.png").write_bytes(png(4))  # the same name twice
+    before = (folder / "tsv" / "f.img.tsv").read_bytes()
+    with pytest.raises(UserError, match=r"none of the 2 records could be read: .*ambiguous_name"):
+        run({**task, "max_bad": 1})
+    assert (folder / "tsv" / "f.img.tsv").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

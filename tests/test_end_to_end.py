@@ -58,7 +58,7 @@ def test_easy_vqa_says_the_same_number_three_times(root: Path, reference_data: P
     exported = tmp_path / "evalai.json"
     task = {"type": "convert_tsv_to_vqa_json", "predict_file": said, "out_json": exported}
     assert run({**task, "question_file": files["question_tsv"]}) == {
-        "out_json": str(exported), "questions": 9673, "filled": 0,
+        "out_json": str(exported), "questions": 9673, "filled": 0, "failed": 0,
     }  # fmt: skip
     answers = {row["question_id"]: row["answer"] for row in json.loads(exported.read_text())}
     asked = [q for row in TSVFile(files["question_tsv"]) for q in json.loads(row[1])]

@@ -74,6 +74,23 @@ def test_questions_may_be_a_tsv(said: Path, tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == ["1", "2", "3"]
 
 
+def test_an_error_record_is_no_answer(said: Path, asked: Path, tmp_path: Path) -> None:
+    rows = [{"answer": "a", "question_id": i} for i in (1, 2, 3)] + [{"answer": "", "error": "x", "question_id": 4}]
+    write_tsv(tmp_path / "p.tsv", [(json_cell(row),) for row in rows])
+    with pytest.raises(UserError, match=r"1 of 4 questions have no answer"):
+        vqa(tmp_path / "o.json", tmp_path / "p.tsv", question_file=asked)
+    assert len(vqa(tmp_path / "o.json", tmp_path / "p.tsv")) == 4
+    with pytest.raises(UserError, match="would overwrite the input"):
+        vqa(said, said)
+
+
+def test_one_reference_an_image_is_ground_truth_where_it_is_said(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "c.tsv", [("k", json_cell([{"caption": "a"}]))])
+    task = {"type": "convert_tsv_to_coco_format", "res_file": tmp_path / "c.tsv", "outfile": tmp_path / "c.json"}
+    run({**task, "kind": "ground_truth"})
+    assert json.loads((tmp_path / "c.json").read_text())["annotations"][0]["image_id"] == "k"
+
+
 def test_a_record_of_an_unreadable_row_is_no_answer(tmp_path: Path) -> None:
     lost = {"answer": "", "error": "bad_question_json", "question_id": None}
     write_tsv(tmp_path / "p.tsv", [(json_cell(lost),), (json_cell({"answer": "a", "question_id": 5}),)])
@@ -85,7 +102,7 @@ def test_a_record_of_an_unreadable_row_is_no_answer(tmp_path: Path) -> None:
     [
         ([{"answer": "a", "question_id": 1}, {"answer": "b", "question_id": 1}], r"1 questions more than once .*\[1\]"),
         ([{"answer": "a", "question_id": 9}], r"questions that .* does not have \(e.g. \[9\]\)"),
-        ([{"answer": 3, "question_id": 1}], "the answer to 1 is 3, no text"),
+        ([{"answer": 3, "question_id": 1}], "question 1': answer is 3; a text is needed"),
         ([{"answer": "a", "question_id": "x"}], "question_id is 'x'; an integer is needed"),
         ([{"answer": "a"}], "entry 0 of .* lacks question_id"),
         (["a"], "entry 0 of .* lacks question_id, answer"),

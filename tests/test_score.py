@@ -115,8 +115,16 @@ def test_a_question_tsv_with_answers_is_a_label_file(tmp_path: Path) -> None:
         run(task)
     write_tsv(tmp_path / "p.tsv", [(json_cell(said[0]),)])
     write_tsv(tmp_path / "q.tsv", [("k", json_cell([{"question": "?", "question_id": 1}]))])
-    with pytest.raises(UserError, match="neither answers nor an answer"):
+    with pytest.raises(UserError, match="neither a list of answers nor an answer"):
         run(task)
+
+
+@pytest.mark.parametrize("answers", [[1], ["a", 2], "red", [], [{"answer": 5}], [{"answer": "a", "answer_id": 1}, {}]])
+def test_labels_of_odd_types_are_named(answers: Any, tmp_path: Path) -> None:
+    write_tsv(tmp_path / "q.tsv", [("k", json_cell([{"question": "?", "question_id": 1, "answers": answers}]))])
+    write_tsv(tmp_path / "p.tsv", [(json_cell({"answer": "a", "question_id": 1}),)])
+    with pytest.raises(UserError, match="question 1"):
+        run({"type": "evaluate_on_vqa", "res_file": tmp_path / "p.tsv", "label_file": tmp_path / "q.tsv"})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import config, git_model, png
+from tqdm import tqdm
 
 from git_model.checkpoint import save_checkpoint
 from git_model.datasets.records import TSVFile, json_cell, write_tsv
@@ -262,6 +264,7 @@ def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
         if child == 0:
             code = 1
             torch.set_num_threads(1)  # a forked process has none of its parent's
+            tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the parent: killed holding it, both would wait
             try:
                 answer(folder, out, batch_size=1)
                 code = 0

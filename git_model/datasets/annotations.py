@@ -6,6 +6,7 @@ Ids stay what the file says; where two files are compared, `5` and `"5"` are the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ def read_references(path: str | Path) -> dict[Id, list[str]]:
         UserError: not such a file; names the row or the missing key.
     """
     if str(path).endswith(".tsv"):
-        return {key: [str(c["caption"]) for c in said] for key, said in _caption_rows(path)}
+        return {key: [text_of(c, "caption", path) for c in said] for key, said in _caption_rows(path)}
     content = read_json(path)
     found: dict[Id, list[str]] = {}
     for entry in entries(content, "annotations", ("image_id", "caption"), path):
-        found.setdefault(_id(entry["image_id"], "image_id", path), []).append(str(entry["caption"]))
+        found.setdefault(image_id(entry["image_id"], path), []).append(text_of(entry, "caption", path))
     return found
 
 
@@ -57,18 +58,21 @@ def read_results(path: str | Path) -> dict[Id, str]:
         rows: Iterable[tuple[Id, list[dict[str, Any]]]] = _caption_rows(path)
     else:
         content = entries(read_json(path), None, ("image_id", "caption"), path)
-        rows = ((_id(entry["image_id"], "image_id", path), [entry]) for entry in content)
+        rows = ((image_id(entry["image_id"], path), [entry]) for entry in content)
     for number, (key, said) in enumerate(rows):
         if len(said) != 1:
             raise UserError(f"row {number} of '{path}' (key '{key}') has {len(said)} captions; a result has one")
         if key in found:
             raise UserError(f"'{path}' has the image '{key}' twice")
-        found[key] = str(said[0]["caption"])
+        found[key] = text_of(said[0], "caption", path)
     return found
 
 
-def read_answers(path: str | Path) -> list[tuple[int, str]]:
+def read_answers(path: str | Path) -> tuple[list[tuple[int, str]], set[int]]:
     """Return (question id, answer) of a prediction TSV (one column) or of EvalAI's JSON, in the file's order.
+
+    Returns:
+        the answers, and the ids of those that are the batch task's error records (their answer is "").
 
     Raises:
         UserError: not such a file; names the row. Repeated ids are the caller's.
@@ -77,14 +81,15 @@ def read_answers(path: str | Path) -> list[tuple[int, str]]:
         content = [_cell(path, number, columns, 0) for number, columns in enumerate(_rows(path))]
     else:
         content = read_json(path)
-    found = []
+    found, failed = [], set()
     for entry in entries(content, None, ("question_id", "answer"), path):
-        if not isinstance(entry["answer"], str):
-            raise UserError(f"'{path}': the answer to {entry['question_id']} is {entry['answer']!r:.60}, no text")
         if entry["question_id"] is None:  # the batch task's record of a row whose ids it could not read
             continue
-        found.append((_question_id(entry["question_id"], path), entry["answer"]))
-    return found
+        key = question_id(entry["question_id"], path)
+        found.append((key, text_of(entry, "answer", f"{path}: question {key}")))
+        if "error" in entry:
+            failed.add(key)
+    return found, failed
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -103,7 +108,7 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
             rows = entries(asked, None, ("question_id", "question"), f"{path} row {number}")
             content += [{**entry, "image_id": columns[0]} for entry in rows]
     for entry in content:
-        entry["question_id"] = _question_id(entry["question_id"], path)
+        entry["question_id"] = question_id(entry["question_id"], path)
     return content
 
 
@@ -114,17 +119,36 @@ def read_vqa_annotations(path: str | Path) -> list[dict[str, Any]]:
         UserError: not such a file, or a question without answers.
     """
     if not str(path).endswith(".tsv"):
-        return [dict(e) for e in entries(read_json(path), "annotations", ("question_id", "answers"), path)]
-    found = []
-    for entry in read_questions(path):
-        texts = entry.get("answers", [entry["answer"]] if "answer" in entry else None)
-        if not texts:
-            raise UserError(f"'{path}': question {entry['question_id']} has neither answers nor an answer")
-        # one known answer stands for ten people who agree, as the official score wants
-        texts = list(texts) * 10 if len(texts) == 1 else texts
-        answers = [t if isinstance(t, dict) else {"answer": str(t), "answer_id": n} for n, t in enumerate(texts, 1)]
-        found.append({**entry, "answers": answers})
-    return found
+        found = entries(read_json(path), "annotations", ("question_id", "answers"), path)
+        return [checked_annotation(dict(entry), path) for entry in found]
+    return [_with_answers(entry, path) for entry in read_questions(path)]
+
+
+def _with_answers(entry: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a question with ten-person answers: as they are, or from texts, or from one text."""
+    texts = entry.get("answers", [entry["answer"]] if "answer" in entry else None)
+    if not isinstance(texts, list) or not texts:
+        raise UserError(f"'{path}': question {entry['question_id']} has neither a list of answers nor an answer")
+    texts = texts * 10 if len(texts) == 1 else texts  # one known answer stands for ten people who agree
+    answers = [t if isinstance(t, dict) else {"answer": t, "answer_id": n} for n, t in enumerate(texts, 1)]
+    return checked_annotation({**entry, "answers": answers}, path)
+
+
+def checked_annotation(entry: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return an annotation whose answers are texts and whose types, where it has them, too.
+
+    Raises:
+        UserError: names the question.
+    """
+    where = f"{path}: question {entry['question_id']}"
+    for answer in entries(entry["answers"], None, ("answer",), where):
+        text_of(answer, "answer", where)
+    if not entry["answers"]:
+        raise UserError(f"'{where}' has no answers")
+    for kind in ("answer_type", "question_type"):
+        if kind in entry:
+            text_of(entry, kind, where)
+    return entry
 
 
 def coco_results(results: Mapping[Id, str]) -> str:
@@ -190,14 +214,41 @@ def _caption_rows(path: str | Path) -> Iterable[tuple[Id, list[dict[str, Any]]]]
         yield columns[0], entries(_cell(path, number, columns, 1), None, ("caption",), f"{path} row {number}")
 
 
-def _id(value: Any, name: str, path: str | Path) -> Id:
-    if isinstance(value, int | str) and not isinstance(value, bool):
+def image_id(value: Any, path: str | Path) -> Id:
+    """Return an image's id: an integer, or a text that can be a key.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise UserError(f"'{path}': {name} is {value!r:.60}; an integer or a text is needed")
+    if isinstance(value, str) and value.isprintable():
+        return value
+    raise UserError(f"'{path}': image_id is {value!r:.60}; an integer or a text is needed")
 
 
-def _question_id(value: Any, path: str | Path) -> int:
-    text = str(value)
-    if isinstance(value, int | str) and not isinstance(value, bool) and text.isascii() and text.isdigit():
+def question_id(value: Any, path: str | Path) -> int:
+    """Return a question's id.
+
+    Raises:
+        UserError: no integer, nor the text of one.
+    """
+    text = str(value)[:20]
+    if isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
     raise UserError(f"'{path}': question_id is {value!r:.60}; an integer is needed")
+
+
+def text_of(entry: Mapping[str, Any], name: str, path: str | Path) -> str:
+    """Return a text of an entry.
+
+    Raises:
+        UserError: it is none, or holds half a character.
+    """
+    value = entry[name]
+    try:
+        if isinstance(value, str) and value.encode() is not None:
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"'{path}': {name} is {value!r:.60}; a text is needed")

@@ -15,6 +15,8 @@ from git_model.datasets.records import json_cell, write_tsv
 from git_model.datasets.sources import Source
 from git_model.errors import UserError
 
+KINDS = ("caption", "question")
+
 
 def write_tsvs(
     source: Source, folder: Path, name: str, tick: Callable[[], Any] = lambda: None
@@ -51,11 +53,17 @@ def write_tsvs(
             said.append((sample.key, json_cell(captions), json_cell(questions)))
             yield sample.key, base64.b64encode(sample.images[0])
 
+        if not said:  # before anything is renamed: an earlier set stays
+            raise UserError(f"none of the {len(source)} records could be read: {dict(lost)}")
+        for kind in KINDS:  # of an earlier set, they would not fit the new pictures
+            for suffix in ("tsv", "lineidx", "lineidx.8b"):
+                (folder / f"{name}.{kind}.{suffix}").unlink(missing_ok=True)
+
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(f".{name}.*.part"):  # of a killed process
+        torn.unlink(missing_ok=True)
     rows = {f"{name}.img.tsv": write_tsv(folder / f"{name}.img.tsv", images())}
-    if not said:
-        raise UserError(f"none of the {len(source)} records could be read: {dict(lost)}")
-    for column, kind in ((1, "caption"), (2, "question")):
+    for column, kind in enumerate(KINDS, 1):
         if any(row[column] != "[]" for row in said):
             file = f"{name}.{kind}.tsv"
             rows[file] = write_tsv(folder / file, ((row[0], row[column]) for row in said))

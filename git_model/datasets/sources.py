@@ -24,7 +24,6 @@ class Source(Protocol):
     """What the loader knows of a data set."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Sample:
         """Return a record, or raise SampleError."""
 
@@ -60,8 +59,7 @@ class ConceptualCaptions:
 
     def texts(self) -> Iterator[str]:
         """Yield every caption."""
-        for columns in _rows(self.rows):
-            yield columns[0].strip()
+        yield from (columns[0].strip() for columns in _rows(self.rows))
 
 
 class TSVPair:
@@ -99,7 +97,7 @@ class TSVPair:
             targets += [Target(str(c["caption"])) for c in self._cell(self.captions, index, key, "caption")]
         if self.questions:
             asked = self._cell(self.questions, index, key, "question")
-            targets += [_question(q, number) for number, q in enumerate(asked)]
+            targets += [_question(q, number, key) for number, q in enumerate(asked)]
         return Sample(key, (image,), tuple(targets))
 
     def _cell(self, file: TSVFile, index: int, key: str, needed: str) -> list[dict[str, Any]]:
@@ -269,8 +267,10 @@ def checked_entry(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return kind, arguments
 
 
-def _question(entry: Mapping[str, Any], number: int = 0) -> Target:
-    answers = tuple(map(str, entry["answers"])) if "answers" in entry else ()
+def _question(entry: Mapping[str, Any], number: int = 0, key: str = "") -> Target:
+    if not isinstance(entry.get("answers", []), list):
+        raise SampleError(key, "bad_question_json")
+    answers = tuple(map(str, entry.get("answers", ())))
     answer = str(entry.get("answer", answers[0] if answers else ""))
     identity = entry.get("question_id", number)
     return Target(answer, str(entry["question"]), identity, answers or ((answer,) if answer else ()))

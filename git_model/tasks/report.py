@@ -123,7 +123,7 @@ def _page(title: str, lead: str, table: str, parts: Iterable[str]) -> bytes:
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>"
         f"<h1>{title}</h1><p>{html.escape(lead)}</p>{table}{''.join(parts)}</html>\n"
-    ).encode()
+    ).encode(errors="replace")
 
 
 def _beside(image: bytes, key: str, body: str) -> str:

@@ -45,8 +45,7 @@ def evaluate_on_coco_caption(
         references = {key: texts for key, texts in references.items() if str(key) in known}
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "git_model" / "ptb"
     found = caption_scores(results, references, metrics or METRICS, cache=cache)
-    out = Path(outfile) if outfile else Path(res_file).with_suffix(".eval.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = _out(outfile, res_file, label_file, image_tsv)
     stem = out.with_suffix("")
     if res_file.endswith(".tsv"):
         coco = Path(res_file).with_name(Path(res_file).stem + "_coco_format.json")
@@ -82,13 +81,12 @@ def evaluate_on_vqa(
     from git_model.datasets.files import write_all
     from git_model.metrics.vqa import vqa_accuracy
 
-    answers = read_answers(res_file)
+    answers, failed = read_answers(res_file)
     by_id = dict(answers)
     if len(by_id) < len(answers):
         raise UserError(f"'{res_file}' answers {len(answers) - len(by_id)} questions more than once")
     found = vqa_accuracy(by_id, read_vqa_annotations(label_file), variant)
-    out = Path(outfile) if outfile else Path(res_file).with_suffix(".eval.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = _out(outfile, res_file, label_file)
     accuracy = {
         "overall": found.overall,
         "perAnswerType": found.per_answer_type,
@@ -97,7 +95,18 @@ def evaluate_on_vqa(
     written = {"accuracy": accuracy, "evalQA": found.per_question, "variant": found.variant}
     write_all([(out, [json.dumps(written, indent=1).encode()])])
     _show_answers(found)
-    return {"accuracy": accuracy, "variant": found.variant, "questions": len(found.per_question), "outfile": str(out)}
+    counts = {"questions": len(found.per_question), "failed": len(failed)}
+    return {"accuracy": accuracy, "variant": found.variant, **counts, "outfile": str(out)}
+
+
+def _out(outfile: str | None, res_file: str, *inputs: str | None) -> Path:
+    """Return where the scores go, beside the results unless told otherwise."""
+    from git_model.datasets.files import refuse_overwriting
+
+    out = Path(outfile) if outfile else Path(res_file).with_suffix(".eval.json")
+    refuse_overwriting(out, res_file, *inputs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _table(rows: list[tuple[str, str]]) -> None:
