@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import png
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from git_model.datasets.records import TSVFile, json_cell, write_tsv
 from git_model.errors import UserError
@@ -107,3 +107,16 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
         run({**task, "model_path": tmp_path})
     with pytest.raises(UserError, match="no checkpoint at"):
         run({**task, "model_path": tmp_path / "none.pt"})
+
+
+def test_an_encoder_and_a_decoder_joined_by_hand(tmp_path: Path) -> None:
+    folder = published.save_joined(tmp_path / "joined")
+    (tmp_path / "p.png").write_bytes(png(2, 40))
+    task = {"type": "test_git_inference_single_image", "image_path": tmp_path / "p.png", "model_path": folder}
+    task |= {"max_new_tokens": 6, "device": "cpu"}
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=Image.open(tmp_path / "p.png"), return_tensors="pt")
+    out = model.generate(**pixels, max_new_tokens=6)
+    assert run(task)["text"] == AutoTokenizer.from_pretrained(folder).decode(out[0], skip_special_tokens=True).strip()
+    with pytest.raises(UserError, match="takes no prompt"):
+        run({**task, "prompt": "what?"})
