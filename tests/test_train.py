@@ -276,7 +276,8 @@ for micro in run.steps():
     run.update(loss, micro)
     break
 same = all(torch.equal(a, b) for a, b in zip(before, run.trained))
-print("rank", run.accelerator.process_index, "skipped", run.guard.skipped, "same", same, flush=True)
+import os  # one write a line: two processes share the pipe
+os.write(1, f"rank {run.accelerator.process_index} skipped {run.guard.skipped} same {same}\n".encode())
 run.accelerator.wait_for_everyone()
 run.accelerator.end_training()
 """

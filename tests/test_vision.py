@@ -722,7 +722,9 @@ def test_small() -> None:
 
 def test_small_learns_from_scratch() -> None:
     """Which of four quarters is bright: solved in a few steps, so position and gradient both work."""
-    encoder = build_vision(VisionConfig("small", resolution=32, small=SmallVisionConfig((16, 32), 32, 1, 4))).train()
+    encoder = build_vision(
+        VisionConfig("small", resolution=32, small=SmallVisionConfig((16, 32), width=32, depth=1))
+    ).train()
     head = nn.Linear(encoder.dim, 4)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     quarter = torch.arange(32) % 4
