@@ -276,8 +276,10 @@ for micro in run.steps():
     run.update(loss, micro)
     break
 same = all(torch.equal(a, b) for a, b in zip(before, run.trained))
-import os  # one write a line: two processes share the pipe
-os.write(1, f"rank {run.accelerator.process_index} skipped {run.guard.skipped} same {same}\n".encode())
+import sys  # one write a line: two processes share the pipe
+said = ("rank", run.accelerator.process_index, "skipped", run.guard.skipped, "same", same)
+sys.stdout.write(" ".join(map(str, said)) + chr(10))
+sys.stdout.flush()
 run.accelerator.wait_for_everyone()
 run.accelerator.end_training()
 """
