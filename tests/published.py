@@ -83,10 +83,8 @@ def save_joined(folder: Path) -> Path:
     words = word_tokenizer(False)
     body = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     eye = hf.ViTConfig(**body, image_size=SIDE, patch_size=8)
-    mouth = hf.GPT2Config(
-        n_embd=32, n_layer=1, n_head=4, vocab_size=len(words), is_decoder=True, add_cross_attention=True,
-        bos_token_id=2, eos_token_id=3, n_positions=64,
-    )  # fmt: skip
+    ends: Any = {"is_decoder": True, "add_cross_attention": True, "bos_token_id": 2, "eos_token_id": 3}
+    mouth = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=len(words), n_positions=64, **ends)
     model = hf.VisionEncoderDecoderModel(encoder=hf.ViTModel(eye), decoder=hf.GPT2LMHeadModel(mouth))
     model.config.decoder_start_token_id, model.config.pad_token_id = 2, 0
     model.generation_config.decoder_start_token_id, model.generation_config.eos_token_id = 2, [3, 1]
