@@ -228,7 +228,7 @@ def _paint(pen: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, int, i
 def write_shapes(
     out_dir: Path,
     *,
-    train: int = 10_000,
+    train: int = 10_500,
     val: int = 400,
     test: int = 400,
     side: int = 48,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def make_shapes(
     *,
     out_dir: str,
-    train: Annotated[int, Range(1, 1_000_000)] = 10_000,
+    train: Annotated[int, Range(1, 1_000_000)] = 10_500,
     val: Annotated[int, Range(1, 1_000_000)] = 400,
     test: Annotated[int, Range(1, 1_000_000)] = 400,
     side: Annotated[int, Range(32, 512)] = 48,
