@@ -20,6 +20,7 @@ from git_model.datasets.loader import GlobalSampler, train_loader
 from git_model.datasets.sources import build_source
 from git_model.errors import UserError
 from git_model.models.build import build_model
+from git_model.optimizer import build_optimizer, learning_rate_factor
 from git_model.run_log import RunLog
 from git_model.tokens import tokenizer_from_json, train_tokenizer
 
@@ -75,8 +76,8 @@ class Run:
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
         engine = self.accelerator.distributed_type.value
-        self.optimizer: Any = training.build_optimizer(self.raw_model, options, engine)
-        factor = training.learning_rate_factor(options, self.total_steps)
+        self.optimizer: Any = build_optimizer(self.raw_model, options, engine)
+        factor = learning_rate_factor(options, self.total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.trained = [p for p in self.raw_model.parameters() if p.requires_grad]
 

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,7 @@ import pytest
 import inference
 from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_USAGE, UserError
 from git_model.tasks.params import Range, convert, parse_params, wanted
-from git_model.tasks.registry import TASKS, describe, resolve, run
+from git_model.tasks.registry import TASKS, describe, keys_of, resolve, run
 
 
 def paint(
@@ -278,7 +277,7 @@ def test_help_teaches_every_task(root: Path) -> None:
     assert done.returncode == EXIT_OK
     for name, task in TASKS.items():
         assert f"'type': '{name}'" in done.stdout
-        assert all(f"      {key} " in done.stdout for key in inspect.signature(task).parameters)
+        assert all(f"      {key} " in done.stdout for key in keys_of(task))
     assert describe({"paint": paint}).splitlines()[:5] == [
         "'type': 'paint'",
         "    Return what it was asked for.",
@@ -290,11 +289,12 @@ def test_help_teaches_every_task(root: Path) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_can_be_asked_for_by_keys(name: str) -> None:
-    task = TASKS[name]
-    hints = typing.get_type_hints(task, include_extras=True)
-    for key, parameter in inspect.signature(task).parameters.items():
-        assert parameter.kind is parameter.KEYWORD_ONLY, key
-        assert wanted(hints[key]) != "null", f"{key}: no words for {hints[key]}"
-        if parameter.default is not parameter.empty:  # the default must be a value its own reader accepts
-            others = {k: "x" for k, p in inspect.signature(task).parameters.items() if p.default is p.empty}
-            assert resolve({"type": name, **others, key: parameter.default})[1][key] == parameter.default
+    keys = keys_of(TASKS[name])
+    assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(TASKS[name]).parameters.values())
+    for key, told in keys.items():
+        assert wanted(told.annotation) != "null", f"{key}: no words for {told.annotation}"
+        if not told.required:  # the default must be a value its own reader accepts
+            others = {k: "x" for k, other in keys.items() if other.required}
+            arguments = resolve({"type": name, **others, key: told.default})[1]
+            read = getattr(arguments[told.group], key) if told.group else arguments[key]
+            assert read == told.default

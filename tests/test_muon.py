@@ -12,7 +12,7 @@ from torch import nn
 
 from git_model.errors import UserError
 from git_model.muon import Muon, orthogonal
-from git_model.training import build_optimizer, parameter_groups
+from git_model.optimizer import build_optimizer, parameter_groups
 
 
 def matrices(*shapes: tuple[int, ...]) -> list[nn.Parameter]:

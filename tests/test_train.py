@@ -19,8 +19,8 @@ from git_model.checkpoint import load_checkpoint, read_content
 from git_model.config import Config
 from git_model.errors import UserError
 from git_model.flags import read_flags
+from git_model.optimizer import learning_rate_factor
 from git_model.run import Run
-from git_model.training import learning_rate_factor
 
 
 def config_of(tiny_tsv: Path, out: Path, *flags: str) -> Config:

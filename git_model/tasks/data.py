@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
+from git_model.tasks.options import TsvOptions
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
@@ -31,40 +32,34 @@ def prepare_coco(
     *,
     annotations: str,
     image_dir: str,
-    out_dir: str,
-    name: str,
     split: Literal["train", "restval", "val", "test"] | None = None,
-    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+    target: TsvOptions,
 ) -> dict[str, Any]:
     """Write {name}.img.tsv and {name}.caption.tsv from COCO: Karpathy's JSON (with split) or the official one."""
     from git_model.datasets.coco import CocoCaptions
 
-    return _prepared(CocoCaptions(Path(), annotations, image_dir, split), out_dir, name, max_bad)
+    return _prepared(CocoCaptions(Path(), annotations, image_dir, split), target)
 
 
 def prepare_vqa(
     *,
     questions: str,
     image_dir: str,
-    out_dir: str,
-    name: str,
     annotations: str | None = None,
-    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+    target: TsvOptions,
 ) -> dict[str, Any]:
     """Write {name}.img.tsv and {name}.question.tsv from VQAv2's questions JSON; with annotations also the answers."""
     from git_model.datasets.coco import VqaV2
 
-    return _prepared(VqaV2(Path(), questions, image_dir, annotations), out_dir, name, max_bad)
+    return _prepared(VqaV2(Path(), questions, image_dir, annotations), target)
 
 
 def prepare_tsv(
     *,
     config: str,
-    out_dir: str,
-    name: str,
     source: Literal["train", "val"] = "val",
     data_dir: str | None = None,
-    max_bad: Annotated[float, Range(0, 1)] = 0.0,
+    target: TsvOptions,
 ) -> dict[str, Any]:
     """Write the TSVs of a recipe's own data: {name}.img.tsv with .caption.tsv, .question.tsv or both."""
     from git_model.config import Config
@@ -72,20 +67,20 @@ def prepare_tsv(
     from git_model.schema import from_dict, read_yaml
 
     data = from_dict(Config, read_yaml(Path(config))).data
-    return _prepared(build_source(getattr(data, source), data_dir or data.dir), out_dir, name, max_bad)
+    return _prepared(build_source(getattr(data, source), data_dir or data.dir), target)
 
 
-def _prepared(source: Source, out_dir: str, name: str, max_bad: float) -> dict[str, Any]:
+def _prepared(source: Source, target: TsvOptions) -> dict[str, Any]:
     from tqdm import tqdm
 
     from git_model.datasets.prepare import write_tsvs
 
     with tqdm(total=len(source), unit="image") as bar:
-        rows, lost = write_tsvs(source, Path(out_dir), name, bar.update)
-    if sum(lost.values()) > max_bad * len(source):
+        rows, lost = write_tsvs(source, Path(target.out_dir), target.name, bar.update)
+    if sum(lost.values()) > target.max_bad * len(source):
         raise UserError(
-            f"{sum(lost.values())} of {len(source)} images could not be read ({lost}), more than max_bad {max_bad}; "
-            f"the others are in {out_dir}/{name}.img.tsv",
+            f"{sum(lost.values())} of {len(source)} images could not be read ({lost}), more than max_bad "
+            f"{target.max_bad}; the others are in {target.out_dir}/{target.name}.img.tsv",
             EXIT_TOO_MANY_BAD,
         )
-    return {"out_dir": out_dir, "images": len(source), "rows": rows, "left_out": lost}
+    return {"out_dir": target.out_dir, "images": len(source), "rows": rows, "left_out": lost}

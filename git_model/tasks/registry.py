@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from git_model.errors import UserError, nearest
@@ -19,7 +20,8 @@ from git_model.tasks.tsv import caption_tsv
 Task = Callable[..., Any]
 
 # The names are the original's where it had one. A task is a function of keyword-only, annotated
-# arguments that imports its heavy modules inside; its signature is the schema of its keys.
+# arguments that imports its heavy modules inside; its signature is the schema of its keys
+# (an argument that is a dataclass of options.py stands for its fields).
 TASKS: dict[str, Task] = {
     "test_git_inference_single_image": caption_image,
     "test_git_inference_single_tsv": caption_tsv,
@@ -57,9 +59,8 @@ def resolve(params: Mapping[str, Any], tasks: Mapping[str, Task] = TASKS) -> tup
         near = nearest(name.text[:80], tasks) if isinstance(name, Scalar) else ""
         raise UserError(f"unknown type '{show(name)}'{near}; one of: {', '.join(tasks)}")
     task = tasks[name.text]
-    hints = typing.get_type_hints(task, include_extras=True)
-    allowed = inspect.signature(task).parameters
-    arguments = {}
+    allowed = keys_of(task)
+    groups: dict[str | None, dict[str, Any]] = {key.group: {} for key in allowed.values()}
     for key, value in params.items():
         if key == "type":
             continue
@@ -68,12 +69,41 @@ def resolve(params: Mapping[str, Any], tasks: Mapping[str, Task] = TASKS) -> tup
             raise UserError(
                 f"unknown key '{shown}' for {name.text}{nearest(key[:80], allowed)}; one of: {', '.join(allowed)}"
             )
-        arguments[key] = convert(to_node(value), hints[key], key)
-    missing = [k for k, p in allowed.items() if p.default is p.empty and k not in arguments]
+        groups[allowed[key].group][key] = convert(to_node(value), allowed[key].annotation, key)
+    missing = [name for name, key in allowed.items() if key.required and name not in groups[key.group]]
     if missing:
         keys = f"keys {', '.join(missing)}" if len(missing) > 1 else f"key {missing[0]}"
         raise UserError(f"{name.text} needs the {keys}; all its keys: {', '.join(allowed)}")
-    return task, arguments
+    arguments = groups.pop(None, {})
+    hints = typing.get_type_hints(task)
+    return task, arguments | {group: hints[group](**given) for group, given in groups.items() if group}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of `-p`: an argument of the task, or a field of an argument that is a group of options."""
+
+    annotation: Any
+    default: Any
+    group: str | None = None
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default in (inspect.Parameter.empty, MISSING)
+
+
+def keys_of(task: Task) -> dict[str, Key]:
+    """Return a task's keys by name, in the order of its signature."""
+    hints = typing.get_type_hints(task, include_extras=True)
+    keys: dict[str, Key] = {}
+    for name, parameter in inspect.signature(task).parameters.items():
+        if is_dataclass(hints[name]):
+            inner = typing.get_type_hints(hints[name], include_extras=True)
+            keys |= {f.name: Key(inner[f.name], f.default, name) for f in fields(hints[name])}
+        else:
+            keys[name] = Key(hints[name], parameter.default)
+    return keys
 
 
 def describe(tasks: Mapping[str, Task] = TASKS) -> str:
@@ -82,10 +112,9 @@ def describe(tasks: Mapping[str, Task] = TASKS) -> str:
     for name, task in tasks.items():
         summary = (inspect.getdoc(task) or "").partition("\n\n")[0].replace("\n", " ")
         lines += [f"'type': '{name}'", *([f"    {summary}"] if summary else [])]
-        hints = typing.get_type_hints(task, include_extras=True)
-        for key, parameter in inspect.signature(task).parameters.items():
-            default = "required" if parameter.default is parameter.empty else _show_default(parameter.default)
-            lines.append(f"      {key:<20} {wanted(hints[key])} [{default}]")
+        for shown, key in keys_of(task).items():
+            default = "required" if key.required else _show_default(key.default)
+            lines.append(f"      {shown:<20} {wanted(key.annotation)} [{default}]")
         lines.append("")
     return "\n".join(lines)
 

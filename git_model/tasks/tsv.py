@@ -7,12 +7,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
+from git_model.tasks.options import ModelOptions, SearchOptions
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
@@ -25,33 +26,20 @@ if TYPE_CHECKING:
 def caption_tsv(
     *,
     image_tsv: str,
-    model_path: str,
     out_tsv: str,
     question_tsv: str | None = None,
     prompt: str = "",
-    answer_list: str | None = None,
-    prompt_format: str = "{prompt}",
-    image_encoder_type: str | None = None,
-    language_model: str | None = None,
-    mapping_type: str | None = None,
-    output_grid: bool | None = None,
-    input_resolution: Annotated[int, Range(16, 4096)] | None = None,
+    model: ModelOptions,
+    search: SearchOptions,
     batch_size: Annotated[int, Range(1, 65536)] = 32,
     workers: Annotated[int, Range(0, 256)] = 2,
-    beams: Annotated[int, Range(1, 64)] = 1,
-    max_new_tokens: Annotated[int, Range(1, 1024)] = 40,
-    min_new_tokens: Annotated[int, Range(0, 1024)] = 0,
-    length_penalty: Annotated[float, Range(-10, 10)] = 1.0,
     max_bad: Annotated[float, Range(0, 1)] = 0.01,
-    device: str = "auto",
 ) -> dict[str, Any] | None:
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun shares it among processes."""
     from git_model.datasets.asking import AskRows
     from git_model.datasets.files import refuse_overwriting
-    from git_model.models.language import Decoding
     from git_model.tasks import journal
-    from git_model.tasks.caption import read_answers
-    from git_model.tasks.captioner import fingerprint, open_captioner
+    from git_model.tasks.captioner import fingerprint
 
     out, rank, world, started = Path(out_tsv), *_rank(), time.time()
     if out.suffix != ".tsv":
@@ -59,22 +47,14 @@ def caption_tsv(
     for path in filter(None, (image_tsv, question_tsv)):
         if not Path(path).is_file():
             raise UserError(f"no TSV file '{path}'")
-    refuse_overwriting(out_tsv, image_tsv, question_tsv, model_path, answer_list)
-    answers = read_answers(answer_list) if answer_list else None
-    decoding = Decoding(beams, max_new_tokens, min_new_tokens, length_penalty)
-    architecture = {
-        "image_encoder_type": image_encoder_type,
-        "language_model": language_model,
-        "mapping_type": mapping_type,
-        "output_grid": output_grid,
-        "input_resolution": input_resolution,
-    }
-    settings = [prompt, prompt_format, answers, beams, max_new_tokens, min_new_tokens, length_penalty, architecture]
-    files = fingerprint([model_path, image_tsv, question_tsv])
+    refuse_overwriting(out_tsv, image_tsv, question_tsv, model.model_path, search.answer_list)
+    answers, decoding = search.answers(), search.decoding()
+    settings = [prompt, answers, asdict(search), asdict(replace(model, device=""))]
+    files = fingerprint([model.model_path, image_tsv, question_tsv])
     job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
     if finished := _finished(out, job):
         return _judged(finished, max_bad) if rank == 0 else None
-    captioner = open_captioner(model_path, architecture, device, prompt_format)
+    captioner = model.open()
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt)))
     rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
