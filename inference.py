@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_OK, EXIT_USAGE, UserError
+from git_model.errors import EXIT_OK, explain
 from git_model.flags import Parser
 from git_model.tasks.params import escape, parse_params
 from git_model.tasks.registry import TASKS, Task, describe, run
-
-PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 
 
 def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
@@ -26,7 +22,7 @@ def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     parser = Parser("inference.py", None, __doc__, describe(tasks), formatter_class=lines, allow_abbrev=False)
     parser.add_argument("-p", metavar="PARAMS", default="", help="a YAML mapping: 'type' and the task's keys")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    params = parse_params(parser.parse_args(argv).p, tasks)
+    params = parse_params(parser.read(argv).p, tasks)
     with contextlib.redirect_stdout(sys.stderr):  # some metrics print; stdout is for the result alone
         result = run(params, tasks)
     if result is None:  # of torchrun's processes the first one speaks
@@ -35,19 +31,6 @@ def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     # UTF-8 in any locale; a writer of its own, else a full disk fails once more at exit, with code 120
     with open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False) as out:
         print(text, file=out)
-
-
-def explain(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line to show for a failure."""
-    if isinstance(error, UserError):
-        return error.exit_code, str(error)
-    if isinstance(error, OSError) and error.errno in DISK:
-        return EXIT_IO, str(error)
-    if isinstance(error, PATHS):  # a path that the user named
-        return EXIT_USAGE, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    return EXIT_BUG, f"our bug (--debug shows where): {type(error).__name__}: {error}"
 
 
 def main(argv: Sequence[str], tasks: Mapping[str, Task] = TASKS) -> int:

@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from git_model.config import Config
-from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_OK, UserError
+from git_model.errors import EXIT_OK, explain
 from git_model.flags import read_command
 
 
@@ -48,20 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, debug = read_command(argv)
         train(config)
-    except UserError as error:
-        code, message = error.exit_code, str(error)
-    except OSError as error:
-        code, message = EXIT_IO, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; start the same command again to go on from the last save"
-    except Exception as error:
-        code, message = EXIT_BUG, f"our bug, please report it (--debug shows where): {error!r}"
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explain(error, "interrupted; start the same command again to go on from the last save")
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return code
     else:
         return EXIT_OK
-    if debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 
 EXIT_OK = 0
 EXIT_USAGE = 2  # bad input: one line, no traceback
@@ -12,6 +16,7 @@ EXIT_BUG = 70  # ours
 EXIT_IO = 74  # disk full, read-only
 EXIT_PREEMPTED = 75  # state saved, requeue me
 EXIT_NO_CHECKPOINT = 76  # nothing that verifies
+EXIT_INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(ValueError):
@@ -37,3 +42,21 @@ def one_of(what: str, got: object, allowed: Iterable[str]) -> UserError:
     """Build the error for a value outside a closed list: names the value, the nearest, the list."""
     names = [str(a) for a in allowed]
     return UserError(f"unknown {what} '{got}'{nearest(str(got), names)}; one of: {', '.join(names)}")
+
+
+def explain(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str]:
+    """Return the exit code and the line to show for a failure.
+
+    Args:
+        error: whatever ended the program.
+        interrupted: what to say of Ctrl-C.
+    """
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        return EXIT_IO, str(error)
+    if isinstance(error, PATHS):  # a path that the user named
+        return EXIT_USAGE, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, interrupted
+    return EXIT_BUG, f"our bug, please report it (--debug shows where): {type(error).__name__}: {error}"

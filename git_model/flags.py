@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from git_model.config import Config
@@ -84,8 +86,33 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of exiting with a usage page."""
         raise UserError(message)
 
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Return the flags' values; an unknown flag is told with the nearest one."""
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = nearest(unknown[0].split("=")[0], self._option_string_actions)
+            raise UserError(f"unknown flag '{unknown[0]}'{near}; see {self.prog} --help")
+        return known
 
-def build_parser() -> argparse.ArgumentParser:
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return what reads a number of a flag, whole where `low` is, and holds it against its bounds."""
+    kind: type = type(low)
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            words = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {words} from {low} to {high}, got '{text}'")
+        return value
+
+    return read
+
+
+def build_parser() -> Parser:
     """Return the parser of train.py."""
     parser = Parser(
         prog="train.py",
@@ -126,11 +153,7 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
     Raises:
         UserError: unknown flag (with the nearest name), bad value, bad recipe.
     """
-    parser = build_parser()
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [n for names in FLAGS for n in names] + ["--config", "--set", "--debug", "--help"]
-        raise UserError(f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; see train.py --help")
+    known = build_parser().read(argv)
     values: dict[str, Any] = read_yaml(known.config) if known.config else {}
     for key, value in vars(known).items():
         if key == "--report_to_wandb":

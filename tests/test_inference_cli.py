@@ -208,7 +208,7 @@ def test_the_result_is_json_alone_on_stdout(capfd: pytest.CaptureFixture[str]) -
         ("interrupt", 130, "error: interrupted\n"),
         ("disk full", EXIT_IO, "error: [Errno 28] No space left on device\n"),
         ("no checkpoint", EXIT_NO_CHECKPOINT, "error: no checkpoint\\nverifies \\x1b[2J\n"),
-        ("bug", EXIT_BUG, "error: our bug (--debug shows where): RuntimeError: two\\nlines\n"),
+        ("bug", EXIT_BUG, "error: our bug, please report it (--debug shows where): RuntimeError: two\\nlines\n"),
         ("denied", EXIT_USAGE, "error: [Errno 13] Permission denied\n"),
         ("nan", EXIT_BUG, "JSON compliant"),
     ],
