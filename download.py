@@ -48,8 +48,8 @@ def build_parser() -> Parser:
     add("--max_bytes", default=20 * 2**20, type=number(1, 2**31), help="of one picture")
     add("--retries", default=3, type=number(0, 20), help="of 5xx, 429 and cut bodies, with growing pauses")
     add("--backoff", default=1.0, type=number(0.0, 60.0), help="seconds before the first retry")
-    again = "transient, all, or reasons joined by commas: these rows are tried again (default of the flag: transient)"
-    add("--retry_failed", nargs="?", const="transient", help=again)
+    again = "transient, all, or reasons joined by commas: these rows are tried again (without a word: transient)"
+    add("--retry_failed", metavar="REASONS", nargs="?", const="transient", help=again)
     add("--dedup", default="url", choices=["url", "sha256"], help="sha256: equal pictures become one file")
     add("--deny", help="file of URLs or hosts that are never asked; two of Conceptual Captions always are")
     add("--user_agent_token", help="name by which X-Robots-Tag may address this download")
@@ -66,7 +66,7 @@ def run(given: argparse.Namespace) -> None:
     splits = tuple(name.strip() for name in given.splits.split(","))
     if unknown := set(splits) - {"train", "val"}:
         raise UserError(f"--splits '{', '.join(sorted(unknown))}'; one of: train, val, train,val")
-    from git_model.download.fetch import FetchPolicy
+    from git_model.download.network import FetchPolicy
     from git_model.download.report import table, write_report
     from git_model.download.run import DownloadOptions, download
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from download import build_parser
 from git_model.flags import read_flags
 from git_model.tasks.params import parse_params
 from git_model.tasks.registry import resolve
@@ -31,6 +32,13 @@ def test_every_training_command_parses(readme: str) -> None:
         read_flags(arguments)
 
 
+def test_every_download_command_parses(readme: str) -> None:
+    found = [c[c.index("download.py") + 1 :] for c in commands(readme) if "download.py" in c]
+    assert len(found) >= 3
+    for arguments in found:
+        build_parser().read(arguments)
+
+
 def test_every_inference_command_resolves(readme: str) -> None:
     found = [c[c.index("-p") + 1] for c in commands(readme) if "inference.py" in c and "-p" in c]
     assert len(found) >= 8
@@ -51,6 +59,7 @@ def test_the_tree_names_what_is_there(readme: str, root: Path) -> None:
     there = {p.name for p in (root / "git_model").rglob("*.py") if p.name != "__init__.py"} | {
         "train.py",
         "inference.py",
+        "download.py",
     }
     assert named == there
 

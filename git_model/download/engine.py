@@ -28,8 +28,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # a dependency of the en
 import img2dataset.downloader
 
 from git_model.datasets.images import ImageError, decode_image
-from git_model.download.fetch import FetchError, FetchPolicy, fetch
+from git_model.download.fetch import fetch
 from git_model.download.ledger import OK, LedgerPart, line
+from git_model.download.network import FetchError, FetchPolicy
 
 STOPPED = "stopped"  # not a verdict: the row is left for the next run
 

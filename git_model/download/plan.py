@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from git_model.datasets.files import write_all
-from git_model.download.fetch import FetchError, parse_url
+from git_model.download.fetch import parse_url
 from git_model.download.ledger import Ledger
+from git_model.download.network import FetchError
 from git_model.errors import UserError, one_of
 
 # Conceptual Captions holds two addresses of a neo-Nazi site; the original asks its users to delete them by hand

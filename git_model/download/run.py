@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from git_model.datasets.sources import ConceptualCaptions
 from git_model.download.console import SilentLogger, progress
-from git_model.download.fetch import FetchPolicy
 from git_model.download.ledger import OK, Ledger, LedgerPart
+from git_model.download.network import FetchPolicy
 from git_model.download.plan import Plan, plain_list, read_denied
 from git_model.errors import EXIT_BUG, UserError
 from git_model.lock import folder_lock
