@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from git_model.cluster import StopRequest, adopt_slurm, rank_and_world
 from git_model.config import Config
 from git_model.errors import EXIT_OK, explain
 from git_model.flags import read_command
+from git_model.lock import folder_lock
+
+if TYPE_CHECKING:
+    from git_model.run import Run
 
 
 def train(config: Config) -> dict[str, float]:
     """Run the loop and return the last validation's scores.
 
     Raises:
-        UserError: bad input, too many unusable samples, or repeated non-finite steps.
+        UserError: bad input, too many unusable samples, repeated non-finite steps, or asked to stop (all is saved).
     """
     from git_model.datasets.sources import checked_entry
 
@@ -23,22 +31,37 @@ def train(config: Config) -> dict[str, float]:
         checked_entry(entry)
     from git_model.run import Run  # torch comes only now that the recipe is known to be right
 
-    run, options = Run(config), config.train
-    for micro in run.steps():
-        # one optimiser step: some micro-batches, each rank its own, one gradient
-        loss = run.backward(micro)
-        norm = run.update(loss, micro)  # skipped and counted when anything is not finite
-        run.report(loss, norm, micro)
+    options, stop = config.train, StopRequest(config.train.stop_before_end)
+    adopt_slurm()
+    with sole_writer(Path(options.output_dir)), stop.listening():
+        run = Run(config, stop)
+        if run.owes:
+            round_off(run)
+        for micro in run.steps():
+            # one optimiser step: some micro-batches, each rank its own, one gradient
+            loss = run.backward(micro)
+            norm = run.update(loss, micro)  # skipped and counted when anything is not finite
+            run.report(loss, norm, micro)
+            run.stop_if_asked()
+            round_off(run)
+        return run.finish()
 
-        # positions move inside update(): these speak of the step just taken
-        epoch_done, last = run.epoch_step == 0, run.step == run.total_steps
-        if last or (run.step % options.validate_every == 0 if options.validate_every else epoch_done):
-            run.validate()
-        if epoch_done:
-            run.save(f"model-{run.epoch - 1:03d}.pt")
-        if last or (run.step % options.save_every == 0 if options.save_every else epoch_done):
-            run.save_latest()
-    return run.finish()
+
+def round_off(run: Run) -> None:
+    """Do what is due after a step; positions have moved already: these speak of the step just taken."""
+    options, run.owes = run.config.train, False
+    epoch_done, last = run.epoch_step == 0, run.step == run.total_steps
+    if last or (run.step % options.validate_every == 0 if options.validate_every else epoch_done):
+        run.validate()
+    if epoch_done:
+        run.save(f"model-{run.epoch - 1:03d}.pt")
+    if last or (run.step % options.save_every == 0 if options.save_every else epoch_done):
+        run.save_latest()
+
+
+def sole_writer(folder: Path) -> AbstractContextManager[None]:
+    """Return the lock on a run's folder, for the first process of all."""
+    return folder_lock(folder, "run") if rank_and_world()[0] == 0 else nullcontext()
 
 
 def main(argv: list[str] | None = None) -> int:

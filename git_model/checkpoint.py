@@ -2,9 +2,9 @@
 
 `model-000.pt` (after epoch 0), `model_best.pt` and `model_latest.pt` hold the trained tensors, the whole config, the
 tokenizer where it was trained here, and names and fingerprints of the frozen parts that can be fetched again. They
-are read with `weights_only=True`: no code in them runs. `state-<step>.pt` beside `model_latest.pt` holds what only
-going on needs (resume.py). Every file is written under a temporary name, synced and renamed; `model_latest.pt` comes
-last, so a crash leaves the older pair in force.
+are read with `weights_only=True`: no code in them runs. Each ends with the SHA-256 of everything before it, so a
+changed byte is told wherever the file was copied to (`torch.load` reads past it). What going on with a run needs is
+kept elsewhere: resume.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from git_model.tokens import tokenizer_from_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+SEAL = b"\nsha256:"  # then 64 digits, at the very end of a file
 LATEST = "model_latest.pt"
 BEST = "model_best.pt"
 
@@ -74,20 +75,39 @@ def fingerprint(part: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to `path`: the old file or the new one, never half of one.
-
-    Raises:
-        OSError: disk full, read-only; the temporary file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """Return tensors and plain values as the bytes of a file that tells when it was changed."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    write_all([(path, [buffer.getbuffer()])])
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    buffer.write(SEAL + digest.encode())
+    return buffer.getvalue()
 
 
-def save_checkpoint(
-    path: Path,
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file ends with a seal, and hold it against the bytes before.
+
+    Raises:
+        UserError: they were changed (exit code 76).
+    """
+    length = len(SEAL) + 64
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - length))
+        mark, told = (tail := file.read())[: len(SEAL)], tail[len(SEAL) :]
+        if mark != SEAL:
+            return False
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - length
+        while left and (part := file.read(min(left, 1 << 22))):
+            digest.update(part)
+            left -= len(part)
+    if digest.hexdigest().encode() != told:
+        raise UserError(f"{path} was damaged after it was written: its checksum does not fit", EXIT_NO_CHECKPOINT)
+    return True
+
+
+def model_file(
     model: GitModel,
     config: Config,
     *,
@@ -95,11 +115,10 @@ def save_checkpoint(
     epoch: int,
     metrics: Mapping[str, float] | None = None,
     world: int = 1,
-) -> None:
-    """Write a model file; see the module's docstring.
+) -> bytes:
+    """Return the bytes of a model file; see the module's docstring.
 
     Args:
-        path: of the file.
         model: unwrapped.
         config: the run's.
         step: optimiser steps done.
@@ -127,7 +146,17 @@ def save_checkpoint(
         "epoch": epoch,
         "samples_a_step": config.train.batch_size * config.train.accumulation * world,
     }
-    write_atomically(path, content)
+    return sealed(content)
+
+
+def save_checkpoint(path: Path, model: GitModel, config: Config, **where: Any) -> None:
+    """Write a model file, whole or not at all; `where` as in `model_file`.
+
+    Raises:
+        OSError: disk full, read-only; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_all([(path, [model_file(model, config, **where)])])
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -138,6 +167,7 @@ def read_content(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
+    whole = is_sealed(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file; each means the same to the user
@@ -145,6 +175,10 @@ def read_content(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint that can be read: {reason}", EXIT_NO_CHECKPOINT) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint", EXIT_NO_CHECKPOINT)
+    if "format" in content and content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}", EXIT_NO_CHECKPOINT)
+    if "format" in content and not whole:
+        raise UserError(f"{path} was damaged after it was written: its end is not there", EXIT_NO_CHECKPOINT)
     return content
 
 
@@ -171,8 +205,6 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
         names = {"vision": bare_config.vision.name, "language": bare_config.language.name}
         frozen = {part: {"name": name} for part, name in names.items() if part not in held and name != "small"}
         content = {"tensors": content, "config": to_dict(bare_config), "frozen": frozen}
-    elif content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}", EXIT_NO_CHECKPOINT)
     config = from_dict(Config, content["config"])
     text = content.get("tokenizer")
     held = _held(path, content)

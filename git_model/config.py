@@ -168,6 +168,9 @@ class DataConfig:
     workers: int = 4
     worker_timeout: int = 120
     """seconds without a batch until a hung worker is an error"""
+    shuffle_block: int = 0
+    """0: any record may follow any other; n: blocks of n records are drawn, and records within 16 of them at a time,
+    so that reads from a network file system stay together (tar shards: their size)"""
     cache: bool = False
     """keep decoded pictures in memory (small sets)"""
     max_bad: float = 0.01
@@ -177,6 +180,7 @@ class DataConfig:
         _choice("data.resize", self.resize, RESIZES)
         _choice("data.augment", self.augment, AUGMENTS)
         _check(self.captions >= 0, f"data.captions {self.captions} is below 0")
+        _check(self.shuffle_block >= 0, f"data.shuffle_block {self.shuffle_block} is below 0")
         _check(self.targets >= 0, f"data.targets {self.targets} is below 0")
         _check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")
         _check(0 <= self.max_bad <= 1, f"data.max_bad {self.max_bad} is no share between 0 and 1")
@@ -220,7 +224,13 @@ class TrainConfig:
     max_bad_steps: int = 3
     """non-finite steps in a row until the run stops"""
     resume: str = "auto"
-    """'auto': go on from output_dir where it holds a run; 'no': start anew"""
+    """'auto': go on from the newest save in output_dir that verifies; 'no': start anew"""
+    keep: int = 2
+    """saves that stay, at least 2"""
+    require_exact: bool = False
+    """an error where the machine computes other bits than the one that saved (versions, threads, processes)"""
+    stop_before_end: int = 120
+    """seconds before a SLURM job's end at which to save and leave with exit code 75; 0 = at signals only"""
     report_to: str = "none"
 
     def __post_init__(self) -> None:
@@ -243,6 +253,8 @@ class TrainConfig:
         for name in ("lr", "lr_vision", "lr_mapper", "lr_language"):
             rate = getattr(self, name)
             _check(rate is None or rate > 0, f"train.{name} {rate} is not above 0 (--freeze stops a part)")
+        _check(self.keep >= 2, f"train.keep {self.keep} is below 2: one save alone is lost with one bad disk block")
+        _check(self.stop_before_end >= 0, f"train.stop_before_end {self.stop_before_end} is below 0")
         _check(0 <= self.seed < 2**31, f"train.seed {self.seed} is not between 0 and {2**31 - 1}")
         _check(0 <= self.label_smoothing < 1, f"train.label_smoothing {self.label_smoothing} is not in [0, 1)")
         _check(self.warmup >= 0, f"train.warmup {self.warmup} is below 0")

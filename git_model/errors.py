@@ -32,6 +32,13 @@ class UserError(ValueError):
         self.exit_code = exit_code
 
 
+class Preempted(UserError):
+    """Asked to stop; everything is saved (exit code 75): start the same command again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_PREEMPTED)
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest allowed word, or an empty string."""
     close = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1, cutoff=0.6)

@@ -66,7 +66,10 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--save_every",): ("train.save_every", "steps between saves; 0 = each epoch"),
     ("--validate_every",): ("train.validate_every", "steps between validations; 0 = each epoch"),
     ("--validate_samples",): ("train.validate_samples", "samples of a validation during training"),
-    ("--resume",): ("train.resume", "auto or no"),
+    ("--resume",): ("train.resume", "auto (from the newest save that verifies) or no"),
+    ("--keep",): ("train.keep", "saves that stay, at least 2"),
+    ("--require_exact",): ("train.require_exact", "refuse to go on where the machine computes other bits"),
+    ("--stop_before_end",): ("train.stop_before_end", "seconds before a SLURM job's end to save and leave"),
     ("--report_to",): ("train.report_to", "none, tensorboard or wandb"),
     ("--report_to_wandb",): ("train.report_to", "the original's flag for --report_to wandb"),
 }
@@ -75,6 +78,7 @@ BARE = {
     "--output_grid": "True",
     "--gradient_checkpointing": "True",
     "--compile": "True",
+    "--require_exact": "True",
     "--report_to_wandb": "True",
 }
 

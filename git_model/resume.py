@@ -1,46 +1,52 @@
-"""Going on with a run: `model_latest.pt` and the `state-<step>.pt` beside it, all of it or nothing."""
+"""Going on with a run: the newest save that verifies, all of it or nothing.
+
+A save (saves.py) holds `model.pt`, which is also published as `model_latest.pt`, and `state.pt`: optimiser, schedule,
+position, counts. Random numbers need no saving: they are functions of seed, epoch, step and sample.
+"""
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from git_model.checkpoint import (
-    LATEST,
-    load_part,
-    parts_of,
-    read_content,
-    save_checkpoint,
-    saved_parts,
-    write_atomically,
-)
+import torch
+
+from git_model.checkpoint import FORMAT, LATEST, load_part, model_file, parts_of, read_content, saved_parts, sealed
 from git_model.config import Config
 from git_model.errors import UserError
 from git_model.models.git import GitModel
+from git_model.saves import Saves, publish
 from git_model.schema import to_dict
+
+log = logging.getLogger(__name__)
+
+MODEL, STATE = "model.pt", "state.pt"
 
 # what may differ when a run goes on; GPUs x batch x accumulation must stay the same ("samples a step")
 DATA_MAY_CHANGE = ("dir", "workers", "worker_timeout", "cache", "max_bad")
 TRAIN_MAY_CHANGE = (
     *("output_dir", "epochs", "batch_size", "accumulation", "gradient_checkpointing", "compile", "log_every"),
     *("save_every", "validate_every", "validate_samples", "max_bad_steps", "resume", "report_to"),
+    *("keep", "require_exact", "stop_before_end"),
 )
 MAY_CHANGE = {f"data.{name}" for name in DATA_MAY_CHANGE} | {f"train.{name}" for name in TRAIN_MAY_CHANGE}
 
 
-def save_latest(
-    folder: Path,
+def save(
+    saves: Saves,
     model: GitModel,
     config: Config,
     state: Mapping[str, Any],
     metrics: Mapping[str, float],
     world: int = 1,
 ) -> None:
-    """Write `state-<step>.pt`, then `model_latest.pt`, then drop the older state.
+    """Write a save and publish its model as `model_latest.pt`.
 
     Args:
-        folder: the run's.
+        saves: of the run.
         model: unwrapped.
         config: the run's.
         state: holds `step` and `epoch` and what `training` needs to go on.
@@ -48,35 +54,33 @@ def save_latest(
         world: number of processes.
     """
     step = int(state["step"])
-    write_atomically(folder / f"state-{step:09d}.pt", state)
     where = {"step": step, "epoch": int(state["epoch"]), "world": world}
-    save_checkpoint(folder / LATEST, model, config, metrics=metrics, **where)
-    for old in folder.glob("state-*.pt"):
-        if old.name != f"state-{step:09d}.pt":
-            old.unlink(missing_ok=True)
+    files = {
+        MODEL: model_file(model, config, metrics=metrics, **where),
+        STATE: sealed({"format": FORMAT, "fingerprint": fingerprint(world), **state}),
+    }
+    publish(saves.write(step, files) / MODEL, saves.folder / LATEST)
 
 
-def read_latest(folder: Path, config: Config, world: int = 1) -> dict[str, Any] | None:
-    """Return the content of the run in `folder`, None where there is none.
+def read_model(found: Path, config: Config, world: int = 1) -> dict[str, Any]:
+    """Return the model file of a save.
 
     Args:
-        folder: the run's.
+        found: a save that verifies.
         config: of the run that wants to go on from it.
         world: number of processes now.
 
     Raises:
         UserError: a setting that decides what is learned differs (names old and new values).
     """
-    if not (folder / LATEST).is_file():
-        return None
-    content = read_content(folder / LATEST)
+    content = read_content(found / MODEL)
     before, now = flat(content.get("config", {})), flat(to_dict(config))
     before["samples a step"] = content.get("samples_a_step")
     now["samples a step"] = config.train.batch_size * config.train.accumulation * world
     changed = [k for k in now if k not in MAY_CHANGE and k in before and before[k] != now[k]]
     if changed:
         words = "; ".join(f"{k} was {before[k]}, is {now[k]}" for k in changed[:5])
-        raise UserError(f"{folder} holds a run with other settings: {words}. --resume no starts anew")
+        raise UserError(f"{found.parent} holds a run with other settings: {words}. --resume no starts anew")
     return content
 
 
@@ -89,18 +93,44 @@ def flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return out
 
 
-def load_latest(folder: Path, content: Mapping[str, Any], model: GitModel) -> dict[str, Any]:
-    """Bring `model` and the returned state to where the run in `folder` stopped.
+def load(found: Path, content: Mapping[str, Any], model: GitModel, *, exact: bool, world: int = 1) -> dict[str, Any]:
+    """Bring `model` and the returned state to where a save was written.
+
+    Args:
+        found: the save.
+        content: of its model file.
+        model: is filled.
+        exact: whether a changed machine is an error.
+        world: number of processes now.
 
     Raises:
-        UserError: a part of the pair is missing or does not fit: never trains on from half a state.
+        UserError: the save does not fit the model, or `exact` and the machine computes otherwise.
     """
-    state_path = folder / f"state-{int(content.get('step', -1)):09d}.pt"
-    if not state_path.is_file():
-        raise UserError(f"{folder / LATEST} is there but {state_path.name} is not; --resume no starts anew")
     held = parts_of(content["tensors"])
     if held != set(saved_parts(model)):
-        raise UserError(f"{folder / LATEST} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
+        raise UserError(f"{found} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
     for part in held:
-        load_part(folder / LATEST, getattr(model, part), part, content["tensors"])
-    return read_content(state_path)
+        load_part(found / MODEL, getattr(model, part), part, content["tensors"])
+    state = read_content(found / STATE)
+    before, now = state["fingerprint"], fingerprint(world)
+    if changed := [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]:
+        told = f"{found}: going on is not exact to the bit, {'; '.join(changed)}"
+        if exact:
+            raise UserError(f"{told} (--require_exact)")
+        log.warning("%s", told)
+    return state
+
+
+def fingerprint(world: int) -> dict[str, Any]:
+    """Return what decides the last bits of a step, apart from settings and data."""
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": world,
+    }

@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from git_model import checkpoint, resume, training, validation
 from git_model.batch import CaptionBatch
+from git_model.cluster import StopRequest
 from git_model.config import Config
-from git_model.datasets.loader import GlobalSampler, train_loader
+from git_model.datasets.loader import GlobalSampler, train_batches
 from git_model.datasets.sources import build_source
-from git_model.errors import UserError
+from git_model.errors import Preempted, UserError
 from git_model.models.build import build_model
 from git_model.optimizer import build_optimizer, learning_rate_factor
 from git_model.run_log import RunLog
+from git_model.saves import Saves
 from git_model.tokens import tokenizer_from_json, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,13 +34,15 @@ class Run:
 
     Args:
         config: all of it.
+        stop: whether this process was asked to stop.
 
     Raises:
         UserError: bad input, found before the first step.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         self.config, options = config, config.train
+        self.stop = stop or StopRequest()
         self.folder = Path(options.output_dir)
         self.accelerator = training.build_accelerator(options)
 
@@ -47,8 +51,9 @@ class Run:
         val_source = build_source(config.data.val, config.data.dir)
 
         # a small decoder's tokenizer comes from the texts at hand
-        going_on = options.resume == "auto"
-        latest = resume.read_latest(self.folder, config, self.accelerator.num_processes) if going_on else None
+        self.saves, world = Saves(self.folder, options.keep), self.accelerator.num_processes
+        found = self._newest_save() if options.resume == "auto" else None
+        latest = resume.read_model(found, config, world) if found else None
         tokenizer = None
         if config.language.name == "small":
             saved: Any = latest and latest["tokenizer"]
@@ -72,6 +77,7 @@ class Run:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             accumulation=options.accumulation,
+            block=config.data.shuffle_block,
         )
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
@@ -85,10 +91,13 @@ class Run:
         self.guard = training.StepGuard(options.max_bad_steps)
         self.log = RunLog(self.accelerator, config)
         self.step, self.best, self.scores = 0, float("-inf"), {}
+        self.owes = False  # the validation and saves of the last step, which was cut short after its update
         self.epoch, self.epoch_step = 0, 0  # of the next step
 
         self._reset_window()
-        state = resume.load_latest(self.folder, latest, self.raw_model) if latest else None
+        state = None
+        if found and latest:
+            state = resume.load(found, latest, self.raw_model, exact=options.require_exact, world=world)
         if state:
             self._restore(state)
         else:
@@ -112,10 +121,10 @@ class Run:
     def steps(self) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
         settings, rank = self.config.data, self.accelerator.process_index
-        loader = train_loader(
+        batches = train_batches(
             self.data, self.sampler, self.teach, workers=settings.workers, timeout=settings.worker_timeout
         )
-        for micro in training.steps_of(loader, self.config.train.accumulation):
+        for micro in training.steps_of(batches, self.config.train.accumulation):
             training.seed_step(self.config.train.seed, self.step, rank)
             for batch in micro:
                 self.ledger.add(batch)
@@ -172,24 +181,42 @@ class Run:
         """Score the validation set on the main process; keep the model when it is the best so far."""
         started = time.monotonic()
         if self.accelerator.is_main_process:
-            self.scores = validation.validate(self.raw_model, self.val_data, self.config, self.accelerator.device)
-            self.log.write(self.step, **self.scores)
-            self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.scores.items()))
-            if validation.overall(self.scores) > self.best:
-                self.best = validation.overall(self.scores)
-                self.save(checkpoint.BEST)
-        self.accelerator.wait_for_everyone()
+            try:
+                device, asked = self.accelerator.device, lambda: self.stop.asked
+                self.scores = validation.validate(self.raw_model, self.val_data, self.config, device, asked)
+            except validation.Stopped:
+                pass  # stop_if_asked, below, saves that this validation is owed
+            else:
+                self.log.write(self.step, **self.scores)
+                self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.scores.items()))
+                if validation.overall(self.scores) > self.best:
+                    self.best = validation.overall(self.scores)
+                    self.save(checkpoint.BEST)
+        self.stop_if_asked()
         self.window_start += time.monotonic() - started  # validation is no training time
+
+    def stop_if_asked(self) -> None:
+        """Save and leave where any rank was asked to stop; all ranks come here at the same step.
+
+        Raises:
+            Preempted: everything is saved.
+        """
+        asked = torch.tensor(float(self.stop.asked), device=self.accelerator.device)
+        if float(self.accelerator.reduce(asked, "sum")):
+            self.owes = True
+            self.save_latest()
+            why = self.stop.why or "another process"
+            raise Preempted(f"stopped by {why} and saved at step {self.step} of {self.total_steps}; start it again")
 
     def save(self, name: str) -> None:
         """Write one model file, on the main process."""
         if self.accelerator.is_main_process:
-            checkpoint.save_checkpoint(
-                self.folder / name, self.raw_model, self.config, step=self.step, epoch=self.epoch, metrics=self.scores
-            )
+            where = {"step": self.step, "epoch": self.epoch, "world": self.accelerator.num_processes}
+            path = self.folder / name
+            checkpoint.save_checkpoint(path, self.raw_model, self.config, metrics=self.scores, **where)
 
     def save_latest(self) -> None:
-        """Write model_latest.pt and what resuming needs, on the main process."""
+        """Write a save, model_latest.pt with it, on the main process."""
         from accelerate.utils import gather_object
 
         samples = training.merge_ledgers(gather_object([self.ledger.state()]))
@@ -198,6 +225,7 @@ class Run:
                 "step": self.step,
                 "epoch": self.epoch,
                 "epoch_step": self.epoch_step,
+                "owes": self.owes,
                 "best": self.best,
                 "metrics": self.scores,
                 "guard": [self.guard.skipped, self.guard.in_a_row, self.guard.overflows],
@@ -209,7 +237,7 @@ class Run:
                 "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             }
             world = self.accelerator.num_processes
-            resume.save_latest(self.folder, self.raw_model, self.config, state, self.scores, world)
+            resume.save(self.saves, self.raw_model, self.config, state, self.scores, world)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> dict[str, float]:
@@ -217,6 +245,21 @@ class Run:
         self.bar.close()
         self.log.finish(self.ledger.state(), self.guard.skipped)
         return self.scores
+
+    def _newest_save(self) -> Path | None:
+        """Return what to go on from: the main process looks, so that all agree."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = self.saves.newest()
+            except UserError as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -231,7 +274,7 @@ class Run:
         self.guard.skipped, self.guard.in_a_row, self.guard.overflows = state["guard"]
         self.window_loss, self.window_tokens = state["window"]
         self.step, self.best, self.scores = state["step"], state["best"], state["metrics"]
-        self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
+        self.epoch, self.epoch_step, self.owes = state["epoch"], state["epoch_step"], state["owes"]
         self.sampler.start = (self.epoch, self.epoch_step)
         self.log.trim(self.step)
         log.info("resuming at step %d of %d", self.step, self.total_steps)

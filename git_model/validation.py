@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from git_model.batch import CaptionBatch, Target
 from git_model.config import Config
+from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import ImageTextDataset, eval_batches
 from git_model.datasets.sources import Source
@@ -94,14 +95,39 @@ def mean_loss(model: GitModel, batches: Iterable[CaptionBatch], device: Any) -> 
     return total / count if count else float("nan")
 
 
-def validate(model: GitModel, data: ImageTextDataset, config: Config, device: Any) -> dict[str, float]:
-    """Return `val_loss` and the scores of greedy answers on `train.validate_samples` images of `data`."""
+class Stopped(Exception):
+    """Asked to stop in the middle of a validation."""
+
+
+def validate(
+    model: GitModel, data: ImageTextDataset, config: Config, device: Any, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Return `val_loss` and the scores of greedy answers on `train.validate_samples` images of `data`.
+
+    Args:
+        model: unwrapped.
+        data: see `eval_data`.
+        config: the run's.
+        device: of the model.
+        stop: asked before each batch.
+
+    Raises:
+        Stopped: `stop` said so.
+    """
     was_training = model.training
     model.eval()
     teach, ask = collators(model, config)
     limit, size = config.train.validate_samples, max(1, config.train.batch_size)
-    found = {"val_loss": mean_loss(model, eval_batches(data, teach, batch_size=size, limit=limit), device)}
-    asks = eval_batches(data, ask, batch_size=size, limit=limit)
-    found |= scores(predict(model, asks, Decoding(max_new_tokens=config.data.max_text_tokens), device))
-    model.train(was_training)
-    return found
+
+    def batches(collator: Collator) -> Iterator[CaptionBatch]:
+        for batch in eval_batches(data, collator, batch_size=size, limit=limit):
+            if stop():
+                raise Stopped
+            yield batch
+
+    try:
+        found = {"val_loss": mean_loss(model, batches(teach), device)}
+        decoding = Decoding(max_new_tokens=config.data.max_text_tokens)
+        return found | scores(predict(model, batches(ask), decoding, device))
+    finally:
+        model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from tiny import captions, collator, config, git_model
 
-from git_model.checkpoint import load_checkpoint, read_content, save_checkpoint, write_atomically
-from git_model.errors import UserError
+from git_model.checkpoint import load_checkpoint, read_content, save_checkpoint, sealed
+from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_other_frozen_weights_are_noticed(tmp_path: Path, caplog: pytest.LogCapt
     save_checkpoint(tmp_path / "m.pt", model, config(), step=1, epoch=0)
     content = read_content(tmp_path / "m.pt")
     content["frozen"]["vision"]["fingerprint"] = "0" * 64
-    write_atomically(tmp_path / "m.pt", content)
+    (tmp_path / "m.pt").write_bytes(sealed(content))
     load_checkpoint(tmp_path / "m.pt")
     assert "are not those this model was trained on" in caplog.text
 
@@ -93,7 +94,7 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, tmp_path: Path) -> None:
     del content["tensors"]["mapper.linear.bias"]
     content["tensors"]["mapper.position"] = torch.zeros(3, 3)
     content["tensors"]["mapper.extra"] = torch.zeros(1)
-    write_atomically(tmp_path / "x.pt", content)
+    (tmp_path / "x.pt").write_bytes(sealed(content))
     with pytest.raises(UserError) as error:
         load_checkpoint(tmp_path / "x.pt")
     for words in ("mapper.linear.bias missing", "mapper.extra unexpected", "mapper.position is (3, 3)"):
@@ -130,3 +131,34 @@ def test_the_config_travels_whole(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "m.pt")
     assert loaded.config == wanted
     assert loaded.model.codec.max_target == 9
+
+
+def test_any_changed_byte_is_told(saved: Path, tmp_path: Path) -> None:
+    """Flips, cuts, zeroed pages, insertions: wherever the file was copied to, whatever torch makes of it."""
+    good, rng = saved.read_bytes(), random.Random(0)
+    path = tmp_path / "copy.pt"
+    path.write_bytes(good)
+    assert read_content(path)["step"] == 7
+    for number in range(400):
+        bad, place = bytearray(good), rng.randrange(len(good))
+        kind = number % 5
+        if kind == 0:
+            bad[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del bad[place:]
+        elif kind == 2:
+            bad[place : place + 4096] = bytes(len(bad[place : place + 4096]))
+        elif kind == 3:
+            bad[place:place] = rng.randbytes(rng.randrange(1, 9))
+        else:
+            bad[-rng.randrange(1, 80) :] = b""
+        if bytes(bad) == good:
+            continue
+        path.write_bytes(bad)
+        with pytest.raises(UserError) as error:
+            read_content(path)
+        assert error.value.exit_code == EXIT_NO_CHECKPOINT
+
+
+def test_torch_reads_past_the_seal(saved: Path) -> None:
+    assert torch.load(saved, weights_only=True)["step"] == 7

@@ -17,7 +17,7 @@ import yaml
 import train
 from git_model.checkpoint import load_checkpoint, read_content
 from git_model.config import Config
-from git_model.errors import UserError
+from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.flags import read_flags
 from git_model.optimizer import learning_rate_factor
 from git_model.run import Run
@@ -50,7 +50,9 @@ def test_a_run_leaves_these_files(finished: Path) -> None:
         "model-001.pt",
         "model_best.pt",
         "model_latest.pt",
-        "state-000000006.pt",
+        "step-000000003",
+        "step-000000006",
+        ".lock",
         "metrics.jsonl",
         "run_report.json",
         "loss_curve.png",
@@ -89,11 +91,23 @@ def test_a_finished_run_does_nothing_more(tiny_tsv: Path, tmp_path: Path, finish
     assert losses(tmp_path / "copy") == losses(finished)
 
 
-def test_half_a_state_is_an_error(tiny_tsv: Path, tmp_path: Path, finished: Path) -> None:
-    shutil.copytree(finished, tmp_path / "copy")
-    (tmp_path / "copy" / "state-000000006.pt").unlink()
-    with pytest.raises(UserError, match="state-000000006"):
-        train.train(config_of(tiny_tsv, tmp_path / "copy"))
+def test_half_a_save_is_none(tiny_tsv: Path, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It goes back to the older save with one warning, and ends with the same bits; without any it says so."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "step-000000006" / "state.pt").unlink()
+    train.train(config_of(tiny_tsv, copy))
+    warnings = [record.message for record in caplog.records if "step-000000006" in record.message]
+    assert warnings == ["going back to step-000000003, because of step-000000006: state.pt is missing"]
+    assert losses(copy) == losses(finished)
+    assert same_tensors(copy / "model_latest.pt", finished / "model_latest.pt")
+    for save in copy.glob("step-*"):
+        (save / "model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no save in .* verifies") as caught:
+        train.train(config_of(tiny_tsv, copy))
+    assert caught.value.exit_code == EXIT_NO_CHECKPOINT
+    train.train(config_of(tiny_tsv, copy, "--resume", "no", "--epochs", "1"))
+    assert {path.name for path in copy.glob("step-*")} == {"step-000000003-1"}
 
 
 def test_accumulation_equals_the_big_batch(tiny_tsv: Path, tmp_path: Path) -> None:

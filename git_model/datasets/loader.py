@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from git_model.batch import BadSample, CaptionBatch, Target
 from git_model.datasets.collate import Collator, Loaded
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
 from git_model.datasets.sources import Source
+from git_model.errors import EXIT_BUG, UserError
 
 Index = tuple[int, int]  # (epoch, record)
+BLOCKS_TOGETHER = 16  # whose records are mixed with each other: few enough to stay in a node's page cache
 
 
 class ImageTextDataset(Dataset[Loaded | BadSample]):
@@ -52,12 +55,19 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         self.seed = seed
         self.augment = augment and transform.augment != "none"
         self.cache: dict[int, Any] | None = {} if cache else None
+        self.at: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def watch(self, workers: int) -> None:
+        """Let each worker say which record it is at: a dead one cannot."""
+        self.at = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+
     def __getitem__(self, index: Index) -> Loaded | BadSample:
         epoch, record = index
+        if self.at is not None and (worker := get_worker_info()) is not None:
+            self.at[worker.id] = record
         try:
             sample = self.source[record]
         except RecordError as error:
@@ -109,6 +119,7 @@ class GlobalSampler(Sampler[list[Index]]):
         world: number of processes.
         accumulation: micro-batches a step.
         start: (epoch, step) to begin at.
+        block: records that are read together; 0 = any order.
     """
 
     def __init__(
@@ -122,6 +133,7 @@ class GlobalSampler(Sampler[list[Index]]):
         world: int = 1,
         accumulation: int = 1,
         start: tuple[int, int] = (0, 0),
+        block: int = 0,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -131,11 +143,23 @@ class GlobalSampler(Sampler[list[Index]]):
         self.world = world
         self.accumulation = accumulation
         self.start = start
+        self.block = block
         self.steps_per_epoch = -(-size // (batch_size * world * accumulation))
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the permutation of an epoch."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        rng = np.random.default_rng([self.seed, epoch])
+        if not self.block:
+            return rng.permutation(self.size)
+        starts = rng.permutation(np.arange(0, self.size, self.block))
+        order = np.empty(self.size, np.int64)
+        filled = 0
+        for first in range(0, len(starts), BLOCKS_TOGETHER):
+            ranges = [np.arange(s, min(s + self.block, self.size)) for s in starts[first : first + BLOCKS_TOGETHER]]
+            drawn = rng.permutation(np.concatenate(ranges))
+            order[filled : filled + len(drawn)] = drawn
+            filled += len(drawn)
+        return order
 
     def __len__(self) -> int:
         done = self.start[0] * self.steps_per_epoch + self.start[1]
@@ -153,11 +177,17 @@ class GlobalSampler(Sampler[list[Index]]):
                     yield [(epoch, int(record)) for record in records]
 
 
-def train_loader(
+def train_batches(
     dataset: ImageTextDataset, sampler: GlobalSampler, collator: Collator, *, workers: int, timeout: int
-) -> DataLoader[Any]:
-    """Return the loader of training batches; it yields CaptionBatch."""
-    return DataLoader(
+) -> Iterator[CaptionBatch]:
+    """Yield the training batches that are left.
+
+    Raises:
+        UserError: a worker died or hung (names what the workers were reading), or ran out of shared memory.
+    """
+    if workers:
+        dataset.watch(workers)
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collator,
@@ -167,6 +197,26 @@ def train_loader(
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
     )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _worker_error(dataset, str(error), timeout) from error
+        yield batch
+
+
+def _worker_error(dataset: ImageTextDataset, said: str, timeout: int) -> Exception:
+    """Return what to tell of a failed worker: torch names a process, a person wants to know the record."""
+    dead, hung = re.search(r"worker \(pid\(?s?\)? ([\d, ]+)\)", said), "timed out" in said
+    if dataset.at is None or not (dead or hung):
+        return RuntimeError(said)
+    reading = ", ".join(f"record {r}" for r in dataset.at.tolist() if r >= 0) or "nothing yet"
+    what = f"gave nothing for {timeout} s (data.worker_timeout)" if hung else "died (killed, or out of memory)"
+    hint = "; more shared memory (/dev/shm) or fewer --workers may help" if "shm" in said or "bus error" in said else ""
+    return UserError(f"a data worker {what}; the workers were reading: {reading}{hint}", EXIT_BUG)
 
 
 def eval_batches(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from git_model.cluster import rank_and_world
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.options import ModelOptions, SearchOptions
 from git_model.tasks.params import Range
@@ -41,7 +41,7 @@ def caption_tsv(
     from git_model.tasks import journal
     from git_model.tasks.captioner import fingerprint
 
-    out, rank, world, started = Path(out_tsv), *_rank(), time.time()
+    out, rank, world, started = Path(out_tsv), *rank_and_world(), time.time()
     if out.suffix != ".tsv":
         raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
     for path in filter(None, (image_tsv, question_tsv)):
@@ -96,17 +96,6 @@ def _answer_all(
                 raise UserError(told) from error
             bar.update(len(chunk))
     done.close()
-
-
-def _rank() -> tuple[int, int]:
-    """Return this process's number and how many there are: torchrun's variables, or those of srun.
-
-    SLURM_NTASKS would not do: a batch script has it, too, and is one process.
-    """
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
 
 
 def _chunks(rows: Any, left: Sequence[int], workers: int, size: int) -> Iterator[list[AskRow]]:
