@@ -68,7 +68,7 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"--splits '{', '.join(sorted(unknown))}'; one of: train, val, train,val")
     from git_model.download.network import FetchPolicy
     from git_model.download.report import table, write_report
-    from git_model.download.run import DownloadOptions, download
+    from git_model.download.run import TRANSIENT, DownloadOptions, download
 
     policy = FetchPolicy(
         deadline=given.timeout,
@@ -84,6 +84,9 @@ def run(given: argparse.Namespace) -> None:
     report = download(DownloadOptions(**chosen, splits=splits, policy=policy))
     write_report(Path(given.data_root), report)
     print(table(report))
+    again = sum(n for counts in report.values() for word, n in counts["reasons"].items() if TRANSIENT.fullmatch(word))
+    if again:
+        print(f"{again:,} rows failed for reasons that may pass: --retry_failed tries them again")
     rows = sum(counts["rows"] for counts in report.values())
     failed = rows - sum(counts["ok"] for counts in report.values())
     if failed > given.max_failed * rows:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from git_model.cluster import StopRequest, adopt_slurm, rank_and_world
 from git_model.config import Config
-from git_model.errors import EXIT_OK, explain
+from git_model.errors import EXIT_OK, UserError, explain
 from git_model.flags import read_command
 from git_model.lock import folder_lock
 
@@ -25,25 +25,30 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: bad input, too many unusable samples, repeated non-finite steps, or asked to stop (all is saved).
     """
-    from git_model.datasets.sources import checked_entry
+    from git_model.datasets.sources import build_source, checked_entry
 
     for entry in (*config.data.train, *config.data.val):
         checked_entry(entry)
+    for entries in (config.data.train, config.data.val):
+        build_source(entries, config.data.dir)  # most mistakes are there, and it needs no torch
+    if Path(config.train.output_dir).is_file():
+        raise UserError(f"--output_dir {config.train.output_dir} is a file; give a folder")
     from git_model.run import Run  # torch comes only now that the recipe is known to be right
 
     options, stop = config.train, StopRequest(config.train.stop_before_end)
     adopt_slurm()
     with sole_writer(Path(options.output_dir)), stop.listening():
         run = Run(config, stop)
-        if run.owes:
-            round_off(run)
-        for micro in run.steps():
-            # one optimiser step: some micro-batches, each rank its own, one gradient
-            loss = run.backward(micro)
-            norm = run.update(loss, micro)  # skipped and counted when anything is not finite
-            run.report(loss, norm, micro)
-            run.stop_if_asked()
-            round_off(run)
+        with run.bar:
+            if run.owes:
+                round_off(run)
+            for micro in run.steps():
+                # one optimiser step: some micro-batches, each rank its own, one gradient
+                loss = run.backward(micro)
+                norm = run.update(loss, micro)  # skipped and counted when anything is not finite
+                run.report(loss, norm, micro)
+                run.stop_if_asked()
+                round_off(run)
         return run.finish()
 
 
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         config, debug = read_command(argv)
         train(config)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = explain(error, "interrupted; start the same command again to go on from the last save")
+        code, message = explain(error, "interrupted; the same command goes on from the last save, if there is one")
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,8 @@ def read_content(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file; each means the same to the user
         reason = " ".join(str(error).split())[:160]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
+            reason = "it is none of torch's files, or one that wants to run code"
         raise UserError(f"{path} is no checkpoint that can be read: {reason}", EXIT_NO_CHECKPOINT) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint", EXIT_NO_CHECKPOINT)

@@ -58,11 +58,15 @@ class SmallVisionConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        _check(min(self.width, self.heads) >= 1, f"vision.small.width {self.width} or heads {self.heads} is below 1")
         _check(
             self.width % self.heads == 0,
             f"vision.small.width {self.width} is no multiple of heads {self.heads}",
         )
         _check(len(self.stem) >= 1, "vision.small.stem needs at least one convolution")
+        _check(min(self.stem) >= 1, f"vision.small.stem {list(self.stem)} holds a width below 1")
+        _check(self.depth >= 0, f"vision.small.depth {self.depth} is below 0")
+        _check(0 <= self.dropout < 1, f"vision.small.dropout {self.dropout} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class MapperConfig:
         if self.type == "None":  # the original's spelling
             object.__setattr__(self, "type", "none")
         _choice("mapper.type (-mpt)", self.type, tuple(MAPPER_FEATURES))
-        _check(self.tokens >= 1, f"mapper.tokens {self.tokens} is below 1")
+        for name in ("tokens", "depth", "heads"):
+            _check(getattr(self, name) >= 1, f"mapper.{name} {getattr(self, name)} is below 1")
+        _check(0 <= self.dropout < 1, f"mapper.dropout {self.dropout} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,11 @@ class SmallLanguageConfig:
 
     def __post_init__(self) -> None:
         _choice("language.small.architecture", self.architecture, ("gpt2", "opt", "llama"))
+        for name in ("width", "depth", "heads"):
+            _check(getattr(self, name) >= 1, f"language.small.{name} {getattr(self, name)} is below 1")
+        _check(self.vocab_size >= 257, f"language.small.vocab_size {self.vocab_size} is below 257 (bytes and the end)")
+        _check(0 <= self.dropout < 1, f"language.small.dropout {self.dropout} is not in [0, 1)")
+        _check(self.positions >= 16, f"language.small.positions {self.positions} is below 16")
         _check(
             self.width % self.heads == 0,
             f"language.small.width {self.width} is no multiple of heads {self.heads}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import sys
 from collections.abc import Iterable
 
 PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -66,4 +67,9 @@ def explain(error: BaseException, interrupted: str = "interrupted") -> tuple[int
         return EXIT_USAGE, str(error)
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, interrupted
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("git_model"):
+        return (
+            EXIT_USAGE,
+            f"no package '{error.name}' in {sys.executable}: is the environment on (. .venv/bin/activate)?",
+        )
     return EXIT_BUG, f"our bug, please report it (--debug shows where): {type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from git_model.config import Config
 from git_model.errors import UserError, nearest
-from git_model.schema import from_dict, read_bool, read_yaml
+from git_model.schema import from_dict, read_bool, read_value, read_yaml
 
 # flag names -> (key of the config, what it is). The first long name is shown in --help first.
 FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -92,10 +93,15 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Return the flags' values; an unknown flag is told with the nearest one."""
+        for word in argv:  # before what is missing: a typo is why it is
+            flag = word.split("=")[0]
+            if re.fullmatch(r"--?[A-Za-z]\w*", flag) and flag not in self._option_string_actions:
+                raise UserError(
+                    f"unknown flag '{flag}'{nearest(flag, self._option_string_actions)}; see {self.prog} -h"
+                )
         known, unknown = self.parse_known_args(argv)
         if unknown:
-            near = nearest(unknown[0].split("=")[0], self._option_string_actions)
-            raise UserError(f"unknown flag '{unknown[0]}'{near}; see {self.prog} --help")
+            raise UserError(f"'{unknown[0]}' belongs to no flag; see {self.prog} -h")
         return known
 
 
@@ -170,7 +176,7 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"--set wants KEY=VALUE, got '{assignment}'")
-        _put(values, key, value)
+        _put(values, key, read_value(value, f"--set {key}"))
     return from_dict(Config, values), known.debug
 
 

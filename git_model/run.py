@@ -242,7 +242,6 @@ class Run:
 
     def finish(self) -> dict[str, float]:
         """Write the report and the loss curve, leave the process group; return the last scores."""
-        self.bar.close()
         self.log.finish(self.ledger.state(), self.guard.skipped)
         return self.scores
 
@@ -277,7 +276,10 @@ class Run:
         self.epoch, self.epoch_step, self.owes = state["epoch"], state["epoch_step"], state["owes"]
         self.sampler.start = (self.epoch, self.epoch_step)
         self.log.trim(self.step)
-        log.info("resuming at step %d of %d", self.step, self.total_steps)
+        if self.step >= self.total_steps and not self.owes:
+            log.info("finished already, at step %d; more --epochs go on from there", self.step)
+        else:
+            log.info("resuming at step %d of %d", self.step, self.total_steps)
 
     def _reset_window(self) -> None:
         self.window_start = time.monotonic()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from git_model.config import Config
 from git_model.datasets.files import write_all
+from git_model.errors import UserError
 from git_model.schema import to_dict
 from git_model.training import merge_ledgers
 
@@ -37,7 +38,11 @@ class RunLog:
             text = yaml.safe_dump(to_dict(config), sort_keys=False)
             write_all([(self.folder / "resolved_config.yml", [text.encode()])])
         if config.train.report_to != "none":
-            accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
+            try:
+                accelerator.init_trackers("generative-image-to-text", config={"recipe": json.dumps(to_dict(config))})
+            except Exception as error:  # the tracker's own kinds: no login, no network
+                told = f"{config.train.report_to} cannot start: {' '.join(str(error).split())}"
+                raise UserError(f"{told}; --report_to none trains without it") from error
 
     def trim(self, step: int) -> None:
         """Drop lines after `step`: a resumed run writes them again."""

@@ -115,6 +115,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def read_value(text: str, where: str) -> Any:
+    """Read what stands behind a key: a list or mapping as in a recipe, else the text itself.
+
+    Raises:
+        UserError: a bracket that is no YAML.
+    """
+    import yaml
+
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a recipe file.
 
@@ -126,9 +142,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"the recipe {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold a mapping with: vision, mapper, language, data, train")
+        raise UserError(f"the recipe {path} must hold a mapping with: vision, mapper, language, data, train")
     return values

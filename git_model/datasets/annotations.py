@@ -201,7 +201,10 @@ def _rows(path: str | Path) -> Iterable[list[str]]:
 def _cell(path: str | Path, number: int, columns: list[str], which: int) -> Any:
     try:
         return json.loads(columns[which])
-    except (IndexError, ValueError, RecursionError) as error:
+    except IndexError as error:
+        told = "is it a file of answers?" if len(columns) == 1 else "is it a TSV of captions?"
+        raise UserError(f"row {number} of '{path}' has no column {which + 1}: {told}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"row {number} of '{path}' has no JSON in column {which + 1}: {error}") from error
 
 

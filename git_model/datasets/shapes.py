@@ -289,7 +289,7 @@ def _said(scene: Scene, index: int) -> dict[str, list[dict[str, object]]]:
     return {
         "caption": [{"caption": text} for text in captions(scene)],
         "question": [
-            {"question": qa.question, "question_id": 100 * index + i, "answer": qa.answer, "kind": qa.kind}
+            {"question": qa.question, "question_id": 100 * index + i, "answer": qa.answer, "question_type": qa.kind}
             for i, qa in enumerate(questions(scene))
         ],
         "region": [{"phrase": phrase, "box": list(box)} for phrase, box in regions(scene)],

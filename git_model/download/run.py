@@ -166,7 +166,7 @@ class Split:
                 f"--retry_failed '{', '.join(sorted(unknown))}' is no reason of {self.final}; "
                 f"one of: transient, all, {', '.join(failed)}"
             )
-        again = {w for w in failed if w in names or "all" in names or ("transient" in names and TRANSIENT.match(w))}
+        again = {w for w in failed if w in names or "all" in names or ("transient" in names and TRANSIENT.fullmatch(w))}
         return np.isin(ledger.status, [ledger.numbers[word] for word in again])
 
     def _files(self, rows: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from git_model.config import DTYPES, Config
 from git_model.errors import UserError
 from git_model.models.decoders import build_decoder, decoder_width
 from git_model.models.git import GitModel
+from git_model.models.hub import check_name
 from git_model.models.language import LanguageModel
 from git_model.models.mapper import build_mapper
 from git_model.models.vision import build_vision, vision_facts
@@ -32,6 +33,7 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
     if tokenizer is None:
         if config.language.name == "small":
             raise UserError("a small language model needs the tokenizer of its data")
+        check_name(config.language.name, "language model")
         tokenizer = load_tokenizer(config.language.name)
     if config.mapper.type == "none":  # it joins equal widths only: said before any weights are fetched
         facts = vision_facts(config.vision)
@@ -51,7 +53,12 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
     model = GitModel(vision, mapper, language, codec)
     if language.max_positions is not None:  # a longer prompt is a skipped sample, not the run's end
         room = language.max_positions - mapper.num_tokens - config.data.max_text_tokens
-        codec.max_prompt = max(0, min(codec.max_prompt, room))
+        if room < 0:
+            raise UserError(
+                f"the language model has {language.max_positions} positions; {mapper.num_tokens} image tokens and "
+                f"data.max_text_tokens {config.data.max_text_tokens} are more"
+            )
+        codec.max_prompt = min(codec.max_prompt, room)
     model.freeze(frozen)
     for part in ("vision", "mapper", "language"):  # a trained part is float32 whatever its file says
         if part not in model.frozen:

@@ -8,6 +8,7 @@ import torch
 
 from git_model.config import LanguageConfig
 from git_model.errors import UserError
+from git_model.models.hub import check_name
 
 
 def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = True) -> Any:
@@ -21,6 +22,7 @@ def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = T
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.name == "small":
         return AutoModelForCausalLM.from_config(small_decoder_config(config, tokenizer), dtype=dtype)
+    check_name(config.name, "language model")
     try:
         if not load_weights:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
@@ -40,6 +42,7 @@ def decoder_width(config: LanguageConfig) -> int:
 
     if config.name == "small":
         return config.small.width
+    check_name(config.name, "language model")
     try:
         found = AutoConfig.from_pretrained(config.name).get_text_config()
     except (OSError, ValueError) as error:

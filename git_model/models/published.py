@@ -10,6 +10,7 @@ from torch import Tensor
 
 from git_model.errors import UserError
 from git_model.models.answers import AnswerTrie
+from git_model.models.hub import check_name
 from git_model.models.language import Decoding
 
 NESTED = ("idefics", "idefics2", "idefics3", "smolvlm", "mllama")  # processors that want a list of pictures a sample
@@ -29,6 +30,7 @@ class PublishedModel:
     def __init__(self, name: str, device: str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+        check_name(name, "Hugging Face image-to-text model")
         try:
             config = AutoConfig.from_pretrained(name)
             self.model: Any = _model_class(config).from_pretrained(name, dtype="auto")

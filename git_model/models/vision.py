@@ -22,6 +22,7 @@ from git_model.config import VisionConfig
 from git_model.errors import UserError, one_of
 from git_model.models import openai_clip
 from git_model.models import small_vision as shared
+from git_model.models.hub import check_name
 from git_model.models.small_vision import EncoderPlan, Stats, VisionFacts, brief, first
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ def _hf_class(config: VisionConfig) -> tuple[Any, Any, str]:
     """Return (model class, its config, model type) of a Hugging Face id or folder."""
     from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionModelWithProjection
 
+    check_name(config.name, "image encoder")
     try:
         full = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -23,6 +23,7 @@ def caption_image(
         raise UserError("image_path is an empty list; give one path or several")
     if bbox is not None:
         raise UserError("bbox is for region captioning, which this version cannot do yet; leave it null")
+    model.check()
     from git_model.datasets.images import ImageError, read_image
     from git_model.tasks.captioner import GitCaptioner
 

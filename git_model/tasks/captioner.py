@@ -168,8 +168,6 @@ def open_captioner(
         UserError: nothing there, or it does not fit what was said of it.
     """
     where = pick_device(device)
-    if "{prompt}" not in prompt_format:
-        raise UserError(f"prompt_format is '{prompt_format}', it needs {{prompt}} where the question goes")
     if not is_published(model_path):
         if prompt_format != "{prompt}":
             raise UserError("prompt_format is for Hugging Face models; our checkpoints take the question as it is")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
+from git_model.tasks.options import check_model_path
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def evaluate(
     image_tsv: str | None = None,
     caption_tsv: str | None = None,
     question_tsv: str | None = None,
-    source: str | None = None,
+    source: Literal["train", "val"] | None = None,
     data_dir: str = ".",
     batch_size: Annotated[int, Range(1, 4096)] = 32,
     beams: Annotated[int, Range(1, 64)] = 1,
@@ -42,6 +43,14 @@ def evaluate(
     The set is an image TSV with captions and/or questions, or `source: val` / `source: train`: the recipe's own.
     `baselines` adds the CIDEr of the most frequent and of a random training caption.
     """
+    check_model_path(model_path)
+    if (image_tsv is None) == (source is None):
+        raise UserError("evaluate needs either image_tsv (with caption_tsv and/or question_tsv) or source: val | train")
+    if image_tsv is not None and caption_tsv is None and question_tsv is None:
+        raise UserError("evaluate needs caption_tsv, question_tsv or both beside image_tsv")
+    for name in filter(None, (image_tsv, caption_tsv, question_tsv)):
+        if not (Path(data_dir) / name).is_file():
+            raise UserError(f"no TSV file '{Path(data_dir) / name}'")
     from tqdm import tqdm
 
     from git_model.checkpoint import load_checkpoint
@@ -98,14 +107,8 @@ def _entries(
     config: Any, image_tsv: str | None, caption_tsv: str | None, question_tsv: str | None, source: str | None
 ) -> list[dict[str, Any]]:
     """Return the data source the caller described."""
-    if (image_tsv is None) == (source is None):
-        raise UserError("evaluate needs either image_tsv (with caption_tsv and/or question_tsv) or source: val | train")
     if source is not None:
-        if source not in ("val", "train"):
-            raise UserError(f"source is '{source}'; one of: val, train")
         return [dict(entry) for entry in getattr(config.data, source)]
-    if caption_tsv is None and question_tsv is None:
-        raise UserError("evaluate needs caption_tsv, question_tsv or both beside image_tsv")
     return [{"type": "tsv", "images": image_tsv, "captions": caption_tsv, "questions": question_tsv}]
 
 

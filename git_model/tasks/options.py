@@ -39,6 +39,16 @@ class ModelOptions:
             "input_resolution": self.input_resolution,
         }
 
+    def check(self) -> None:
+        """Say at once, without torch, what is wrong with these keys.
+
+        Raises:
+            UserError: no such file, or a prompt_format without a place for the prompt.
+        """
+        if "{prompt}" not in self.prompt_format:
+            raise UserError(f"prompt_format is '{self.prompt_format}', it needs {{prompt}} where the question goes")
+        check_model_path(self.model_path)
+
     def open(self) -> GitCaptioner | PublishedCaptioner:
         """Load the model; see `open_captioner`."""
         from git_model.tasks.captioner import open_captioner
@@ -89,6 +99,18 @@ class TsvOptions:
     out_dir: str
     name: str
     max_bad: Annotated[float, Range(0, 1)] = 0.0
+
+
+def check_model_path(model_path: str) -> None:
+    """Say at once what looks like a checkpoint's name and is none.
+
+    Raises:
+        UserError: no such file (an id of the hub has no ending .pt and at most one slash).
+    """
+    path = Path(model_path)
+    named = path.suffix == ".pt" or path.is_absolute() or model_path.count("/") > 1 or path.parent.is_dir()
+    if not path.exists() and named and path.parent != Path():
+        raise UserError(f"no checkpoint at {model_path}")
 
 
 def read_answer_list(path: str) -> list[str]:

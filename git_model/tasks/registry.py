@@ -57,7 +57,7 @@ def resolve(params: Mapping[str, Any], tasks: Mapping[str, Task] = TASKS) -> tup
     name = to_node(params.get("type"))
     if not isinstance(name, Scalar) or name.is_null or name.text not in tasks:
         near = nearest(name.text[:80], tasks) if isinstance(name, Scalar) else ""
-        raise UserError(f"unknown type '{show(name)}'{near}; one of: {', '.join(tasks)}")
+        raise UserError(f"unknown type {_quoted(show(name))}{near}; one of: {', '.join(tasks)}")
     task = tasks[name.text]
     allowed = keys_of(task)
     groups: dict[str | None, dict[str, Any]] = {key.group: {} for key in allowed.values()}
@@ -104,6 +104,10 @@ def keys_of(task: Task) -> dict[str, Key]:
         else:
             keys[name] = Key(hints[name], parameter.default)
     return keys
+
+
+def _quoted(text: str) -> str:
+    return text if text[:1] in "'\"" else f"'{text}'"
 
 
 def describe(tasks: Mapping[str, Task] = TASKS) -> str:

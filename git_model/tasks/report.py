@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from git_model.validation import Prediction
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1d2430; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1d2430; }
+.scroll { overflow-x: auto; }
 table.scores { border-collapse: collapse; margin: 1rem 0 2rem; }
 table.scores td, table.scores th { border: 1px solid #ccd3dd; padding: .3rem .9rem; text-align: right; }
 table.scores th:first-child, table.scores td:first-child { text-align: left; }
@@ -25,6 +26,7 @@ article { display: grid; grid-template-columns: 200px 1fr; gap: 1.2rem; padding:
   border-top: 1px solid #e2e6ec; }
 img { width: 192px; height: auto; image-rendering: auto; border-radius: 6px; }
 .said { font-weight: 600; } .reference { color: #5a6573; } .right { color: #0b7a3b; } .wrong { color: #b3261e; }
+@media (max-width: 40rem) { article { grid-template-columns: 1fr; } }
 ul { margin: .3rem 0; padding-left: 1.2rem; }
 """
 PICTURES = 60
@@ -54,7 +56,11 @@ def write_report(
             articles.append(_article(sample.images[0], sample.key, chosen.pop(sample.key)))
         if not chosen:
             break
-    lead = f"{result['model_path']}, {len(groups)} pictures, {len(articles)} shown."
+    lead = (
+        f"{result['model_path']}, {len(groups)} pictures, {len(articles)} shown. Bold: the model's caption, grey: the "
+        "references. Answers: green is right, red is wrong. Blank pictures: the same model without anything to see. "
+        "References among themselves: each reference caption scored against the others of its picture."
+    )
     from git_model.datasets.files import write_all
 
     write_all([(path, [_page("What the model says", lead, _table(result), articles)])])
@@ -96,10 +102,8 @@ def write_caption_page(
             )
             parts.append(_beside(pictures.get(str(key), b""), str(key), body))
     rows = "".join(f"<tr><td>{name}</td><td>{100 * figure:.2f}</td></tr>" for name, figure in found.overall.items())
-    rows += "".join(
-        f"<tr><td>{name}</td><td>not computed: {html.escape(why)}</td></tr>" for name, why in found.not_computed.items()
-    )
     lead = f"{len(found.per_image)} images, {found.tokenizer} tokenizer; figures x100."
+    lead += "".join(f" {name} is not computed: {why}." for name, why in found.not_computed.items())
     write_all(
         [(path, [_page("Captions against their references", lead, f"<table class='scores'>{rows}</table>", parts)])]
     )
@@ -121,8 +125,10 @@ def _pictures(image_tsv: str, keys: Collection[str]) -> dict[str, bytes]:
 
 def _page(title: str, lead: str, table: str, parts: Iterable[str]) -> bytes:
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1><p>{html.escape(lead)}</p>{table}{''.join(parts)}</html>\n"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><title>{title}</title>"
+        f"<style>{STYLE}</style>"
+        f"<h1>{title}</h1><p>{html.escape(lead)}</p><div class='scroll'>{table}</div>{''.join(parts)}</html>\n"
     ).encode(errors="replace")
 
 

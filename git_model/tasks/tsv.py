@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,8 @@ from git_model.cluster import rank_and_world
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.options import ModelOptions, SearchOptions
 from git_model.tasks.params import Range
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from git_model.datasets.asking import AskRow, AskRows
@@ -47,6 +50,7 @@ def caption_tsv(
     for path in filter(None, (image_tsv, question_tsv)):
         if not Path(path).is_file():
             raise UserError(f"no TSV file '{path}'")
+    model.check()
     refuse_overwriting(out_tsv, image_tsv, question_tsv, model.model_path, search.answer_list)
     answers, decoding = search.answers(), search.decoding()
     settings = [prompt, answers, asdict(search), asdict(replace(model, device=""))]
@@ -54,6 +58,8 @@ def caption_tsv(
     job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
     if finished := _finished(out, job):
         return _judged(finished, max_bad) if rank == 0 else None
+    if rank == 0 and out.exists():
+        log.warning("%s holds another job's texts; they are replaced when this one is through", out)
     captioner = model.open()
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt)))
@@ -183,11 +189,15 @@ def _finished(out: Path, job: str) -> dict[str, Any] | None:
 
 
 def _judged(report: dict[str, Any], max_bad: float) -> dict[str, Any]:
+    from git_model.tasks.journal import report_path
+
     bad = report["rows"] - report["ok"]
     if bad > max_bad * report["rows"]:
+        reasons = ", ".join(f"{reason} x{count}" for reason, count in report["reasons"].items())
+        first = f" (such as: {report['examples'][0]['detail']})" if report["examples"] else ""
         raise UserError(
-            f"{bad} of {report['rows']} rows could not be answered, more than max_bad {max_bad}: {report['reasons']}; "
-            f"the others are in {report['out_tsv']}",
+            f"{bad} of {report['rows']} rows could not be answered, more than max_bad {max_bad}: {reasons}{first}; "
+            f"{report['out_tsv']} holds all rows, {report_path(Path(report['out_tsv']))} tells more",
             EXIT_TOO_MANY_BAD,
         )
     return report
