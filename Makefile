@@ -25,7 +25,7 @@ demo: $(READY)
 	@echo "look at inference/shapes/report.html and checkpoints/shapes/loss_curve.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -26,13 +26,10 @@ def started(flags: list[str]) -> int:
     child = os.fork()
     if child:
         return child
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        code = train.main(flags)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    torch.set_num_threads(1)
+    code = train.main(flags)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,12 @@ def test_documented_commands_are_read_as_typed(command: str, arguments: dict[str
         got = {k: convert(v, type(arguments[k]) | None, k) for k, v in read.items()}
         assert got == arguments
         if kind.text in TASKS:
-            assert resolve({**read, "type": kind}) == (TASKS[kind.text], arguments)
+            task, resolved = resolve({**read, "type": kind})
+            assert task is TASKS[kind.text]
+            plain = {name: value for name, value in resolved.items() if not is_dataclass(value)}
+            for group in (value for value in resolved.values() if is_dataclass(value)):
+                plain |= {name: value for name, value in vars(group).items() if name in arguments}
+            assert plain == arguments
 
 
 @pytest.mark.usefixtures("yaml_reader")

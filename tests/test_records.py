@@ -419,7 +419,7 @@ def test_damaged_tars(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         assert [len(r.members["txt"]) for r in TarShards([path])] == [700] * left, path
         assert f"{path.name} is damaged" in caplog.text
-        assert not path.with_name(path.name + ".index.npz").exists()
+        assert not path.with_name(path.name + ".index").exists()
     for content in (b"", b"not a tar" * 200, b"\x1f\x8b" + data):
         cut.write_bytes(content)
         with pytest.raises(UserError, match=r"cut\.tar' is not an uncompressed tar"):
@@ -448,12 +448,18 @@ def test_mutated_tars_only_raise_what_is_promised(tmp_path: Path) -> None:
 def test_index_cache_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = _tar(tmp_path / "s.tar", {"a.txt": b"1", "b.txt": b"2"})
     expected = list(TarShards([path]))
-    side = tmp_path / "s.tar.index.npz"
+    side = tmp_path / "s.tar.index"
     stored = side.read_bytes()
     assert list(TarShards([path])) == expected
     assert caplog.text == ""
-    with np.load(side) as arrays:
-        index = dict(arrays)
+    with side.open("rb") as file:
+        index = {name: np.load(file) for name in ("stamp", "keys", "key_ends", "member_ends", "members")}
+
+    def store(**changed: np.ndarray) -> None:
+        with side.open("wb") as file:
+            for array in (index | changed).values():
+                np.save(file, array)
+
     for name, value in (
         ("members", np.array([[5, 10**9, 3], [5, 0, 1]])),
         ("members", index["members"] + [[99, 0, 0], [0, 0, 0]]),
@@ -462,15 +468,15 @@ def test_index_cache_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ("key_ends", np.array([1.0, 2.0])),
         ("stamp", index["stamp"] + 1),
     ):
-        np.savez(side, **(index | {name: value}))
+        store(**{name: value})
         caplog.clear()
         assert list(TarShards([path])) == expected
-        assert "s.tar.index.npz is not of this" in caplog.text
+        assert "s.tar.index is not of this" in caplog.text or "is unreadable (key_ends does not fit)" in caplog.text
         assert side.read_bytes() == stored  # made anew
-    np.savez(side, **(index | {"keys": np.array([{}], object)}))  # would have to be unpickled
+    store(keys=np.array([{}], object))  # would have to be unpickled
     assert list(TarShards([path])) == expected
     assert "unreadable" in caplog.text
-    side.write_bytes(b"PK\3\4 no zip")
+    side.write_bytes(b"PK\3\4 no index")
     assert list(TarShards([path])) == expected
     _tar(path, {"c.txt": b"3", "a.txt": b"4"})
     assert [record.key for record in TarShards([path])] == ["c", "a"]
@@ -520,7 +526,7 @@ def test_rsicd(reference_data: Path, tmp_path: Path) -> None:
             assert sorted(record.members) == ["jpg", "json"]
             assert (meta["key"], len(meta["captions"])) == (record.key, 5)
             assert record.members["jpg"].startswith(b"\xff\xd8")
-        assert (tmp_path / "rsicd-val-00001.tar.index.npz").exists()
+        assert (tmp_path / "rsicd-val-00001.tar.index").exists()
         shards = TarShards(shards.paths)
 
 

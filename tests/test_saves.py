@@ -77,7 +77,7 @@ def _die_at(point: int) -> None:
     for name in OPERATIONS:
         setattr(os, name, wrapped(getattr(os, name)))
 
-    def halves(path: Path, data: bytes) -> None:
+    def halves(path: Path, data: bytes | memoryview) -> None:
         with path.open("xb") as file:
             for part in (data[: len(data) // 2], data[len(data) // 2 :]):
                 step_on()
@@ -335,7 +335,7 @@ def test_the_crash_points_find_a_save_that_can_be_lost(tmp_path: Path, mutant: C
 
 
 def test_the_order_finds_a_save_without_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsynced(path: Path, data: bytes) -> None:
+    def unsynced(path: Path, data: bytes | memoryview) -> None:
         path.write_bytes(data)
 
     monkeypatch.setattr(saves, "_write", unsynced)

@@ -257,7 +257,7 @@ def test_files_hold_the_scenes(tmp_path: Path) -> None:
         assert picture.tobytes() == draw_scene(scene).tobytes()
         assert [c["caption"] for c in json.loads(rows["caption"][1])] == captions(scene)
         asked = json.loads(rows["question"][1])
-        assert [QA(q["question"], q["answer"], q["kind"]) for q in asked] == questions(scene)
+        assert [QA(q["question"], q["answer"], q["question_type"]) for q in asked] == questions(scene)
         ids += [q["question_id"] for q in asked]
         assert json.loads(rows["region"][1]) == [{"phrase": p, "box": [*box]} for p, box in regions(scene)]
     assert len(set(ids)) == len(ids)

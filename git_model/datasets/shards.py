@@ -6,6 +6,7 @@ import glob
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import tarfile
@@ -43,10 +44,13 @@ class TarShards(Sequence[Record]):
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], cache: bool = True) -> None:
-        self.paths = [Path(path) for path in paths]
+        self.paths, self._cache = [Path(path) for path in paths], cache
         self._files = Descriptors(self.paths)
         self._shards = [_tar_index(path, cache) for path in self.paths]
         self._ends = np.cumsum([len(shard["key_ends"]) for shard in self._shards], dtype=np.int64)
+
+    def __reduce__(self) -> tuple[type[TarShards], tuple[list[Path], bool]]:
+        return TarShards, (self.paths, self._cache)  # mapped anew, not copied
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -79,16 +83,15 @@ def _tar_index(path: Path, cache: bool) -> dict[str, np.ndarray]:
         raise UserError(f"no tar shard '{path}'")
     status = path.stat()
     stamp = np.array([1, status.st_size, status.st_mtime_ns], np.int64)  # the layout's version first
-    side = path.with_name(path.name + ".index.npz")
+    side = path.with_name(path.name + ".index")
     try:
-        with np.load(side, allow_pickle=False) as stored:
-            index = {name: stored[name] for name in _ARRAYS}
+        index = _mapped(side)
         if np.array_equal(index["stamp"], stamp) and _consistent(index, status.st_size):
             return index
         log.warning("%s is not of this %s: reading the shard again", side, path.name)
     except FileNotFoundError:
         pass
-    except Exception as error:  # a damaged zip raises anything
+    except Exception as error:  # a damaged header raises anything
         log.warning("%s is unreadable (%s): reading the shard again", side, error)
     records, whole = _scan_tar(path, status.st_size)
     keys = [key.encode("utf-8", "surrogateescape") for key in records]
@@ -104,9 +107,27 @@ def _tar_index(path: Path, cache: bool) -> dict[str, np.ndarray]:
         log.warning("%s holds no record (files named KEY.EXT with EXT one of %s)", path, ", ".join(MEMBERS))
     if cache and whole:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **index)
+        for name in _ARRAYS:
+            np.save(buffer, index[name], allow_pickle=False)
         with suppress(OSError):  # a read-only folder: scanned again next time
             write_all([(side, [buffer.getvalue()])])
+    return index
+
+
+def _mapped(side: Path) -> dict[str, np.ndarray]:
+    """Map the arrays of an index, one after another as np.save writes them: no process holds them, all share them."""
+    index: dict[str, np.ndarray] = {}
+    with side.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        for name in _ARRAYS:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError(f"{name} has another layout")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), math.prod(shape) * dtype.itemsize
+            if fortran or dtype.kind not in "iu" or start + size > end:
+                raise ValueError(f"{name} does not fit")
+            index[name] = np.memmap(side, dtype, "r", start, shape) if size else np.empty(shape, dtype)
+            file.seek(start + size)
     return index
 
 

@@ -1,0 +1,148 @@
+"""Images per second and core that reach the model: this loader, the original's, webdataset's, on the same pictures.
+
+    python benchmarks/loader.py $DATA/rsicd/rsicd-val-*.tar
+
+Each side decodes, resizes to 224, crops, and hands over batches of 32, in one process without workers (a core's worth);
+the sides take turns, and the ratio is of the medians. Ours hands over bytes that the device normalises, the other two
+float32 that is normalised already, as their pipelines do; the last line is ours with that done on the CPU, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from git_model.batch import Target
+from git_model.datasets.collate import Collator
+from git_model.datasets.images import Transform
+from git_model.datasets.loader import GlobalSampler, ImageTextDataset, train_batches
+from git_model.datasets.shards import TarShards
+from git_model.datasets.sources import ConceptualCaptions, WebDataset
+from git_model.tokens import TextCodec, train_tokenizer
+
+SIDE, BATCH = 224, 32
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def clip_transform(picture: Image.Image) -> torch.Tensor:
+    """What openai-clip's transform does: shorter side, centre crop, RGB, tensor, normalise."""
+    width, height = picture.size
+    scale = SIDE / min(width, height)
+    size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = (picture.width - SIDE) // 2, (picture.height - SIDE) // 2
+    picture = picture.crop((left, top, left + SIDE, top + SIDE)).convert("RGB")
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
+    return (pixels - MEAN) / STD
+
+
+class OriginalDataset(Dataset[tuple[torch.Tensor, str]]):
+    """The original's: a list of captions in memory, a picture opened by its row number."""
+
+    def __init__(self, folder: Path) -> None:
+        lines = (folder / "Train_GCC-training.tsv").read_text().splitlines()
+        self.folder, self.captions = folder, [line.split("\t")[0] for line in lines]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return clip_transform(Image.open(self.folder / "train" / f"{index:08d}.jpg")), self.captions[index]
+
+
+def lay_out(shards: list[Path], folder: Path) -> int:
+    """Write the shards' pictures in the original's layout; return how many."""
+    (folder / "train").mkdir()
+    captions = []
+    records = TarShards(shards)
+    for number in range(len(records)):
+        members = records[number].members
+        (folder / "train" / f"{number:08d}.jpg").write_bytes(members["jpg"])
+        captions.append(members["txt"].decode().splitlines()[0])
+    (folder / "Train_GCC-training.tsv").write_text("".join(f"{text}\thttp://x\n" for text in captions))
+    return len(captions)
+
+
+def ours(source: Any, codec: TextCodec, normalise: bool = False) -> Callable[[], Iterator[int]]:
+    """Return our training loader over a source."""
+
+    def batches() -> Iterator[int]:
+        data = ImageTextDataset(source, Transform(SIDE), targets=1)
+        sampler = GlobalSampler(len(data), BATCH, seed=0, epochs=1)
+        for batch in train_batches(data, sampler, Collator(codec, 1), workers=0, timeout=0):
+            if normalise:
+                _ = (batch.images.float().div(255) - MEAN) / STD
+            yield len(batch.images)
+
+    return batches
+
+
+def sides(shards: list[Path], folder: Path, codec: TextCodec) -> dict[str, Callable[[], Iterator[int]]]:
+    """Return what is timed, by name."""
+    pattern = [str(path) for path in shards]
+
+    def original() -> Iterator[int]:
+        for pictures, _ in DataLoader(OriginalDataset(folder), batch_size=BATCH, shuffle=True):
+            yield len(pictures)
+
+    def web() -> Iterator[int]:
+        data = webdataset.WebDataset(pattern, shardshuffle=False).shuffle(1000).decode("pil").to_tuple("jpg", "txt")
+        for pictures, _ in DataLoader(data.map_tuple(clip_transform, str).batched(BATCH), batch_size=None):
+            yield len(pictures)
+
+    common = Path(shards[0]).parent
+    tar = WebDataset(common, "{" + ",".join(path.name for path in shards) + "}") if len(shards) > 1 else None
+    tar = tar or WebDataset(common, shards[0].name)
+    return {
+        "original (files)": original,
+        "webdataset (tar)": web,
+        "git_model (files)": ours(ConceptualCaptions(folder), codec),
+        "git_model (tar)": ours(tar, codec),
+        "git_model (tar, normalised on the CPU)": ours(tar, codec, normalise=True),
+    }
+
+
+def main() -> None:
+    """Time, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", type=Path, help="tar shards with .jpg and .txt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    codec = TextCodec(train_tokenizer(["a picture"], 300), 300, 64)
+    codec.prompt("")
+    assert Target("x").text
+    with tempfile.TemporaryDirectory() as name:
+        count = lay_out(given.shards, Path(name))
+        runs = sides(given.shards, Path(name), codec)
+        rates: dict[str, list[float]] = {side: [] for side in runs}
+        for _ in range(given.rounds):
+            for side, run in runs.items():
+                started, seen = time.perf_counter(), sum(run())
+                assert seen == count, (side, seen, count)
+                rates[side].append(seen / (time.perf_counter() - started))
+    base = statistics.median(rates["original (files)"])
+    print(f"{count} pictures, {given.rounds} rounds, one thread")
+    for side, found in rates.items():
+        middle = statistics.median(found)
+        print(f"{side:<40} {middle:7.0f} images/s  ({min(found):.0f} to {max(found):.0f})  {middle / base:5.2f} x")
+    if given.json:
+        given.json.write_text(json.dumps(rates, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
