@@ -10,8 +10,10 @@ float32 that is normalised already, as their pipelines do; the last line is ours
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,6 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from git_model.batch import Target
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import GlobalSampler, ImageTextDataset, train_batches
@@ -63,17 +64,24 @@ class OriginalDataset(Dataset[tuple[torch.Tensor, str]]):
         return clip_transform(Image.open(self.folder / "train" / f"{index:08d}.jpg")), self.captions[index]
 
 
-def lay_out(shards: list[Path], folder: Path) -> int:
-    """Write the shards' pictures in the original's layout; return how many."""
+def lay_out(shards: list[Path], folder: Path) -> tuple[int, list[Path]]:
+    """Write the pictures in the original's layout and as shards of .jpg and .txt; return how many, and the shards."""
     (folder / "train").mkdir()
-    captions = []
-    records = TarShards(shards)
-    for number in range(len(records)):
-        members = records[number].members
-        (folder / "train" / f"{number:08d}.jpg").write_bytes(members["jpg"])
-        captions.append(members["txt"].decode().splitlines()[0])
+    captions, made = [], []
+    for shard in shards:
+        made.append(folder / shard.name)
+        with tarfile.open(made[-1], "w") as out:
+            for record in TarShards([shard], cache=False):
+                text = record.members.get("txt") or json.loads(record.members["json"])["captions"][0].encode()
+                number = len(captions)
+                (folder / "train" / f"{number:08d}.jpg").write_bytes(record.members["jpg"])
+                captions.append(text.decode().splitlines()[0])
+                for ending, data in (("jpg", record.members["jpg"]), ("txt", text)):
+                    info = tarfile.TarInfo(f"{number:08d}.{ending}")
+                    info.size = len(data)
+                    out.addfile(info, io.BytesIO(data))
     (folder / "Train_GCC-training.tsv").write_text("".join(f"{text}\thttp://x\n" for text in captions))
-    return len(captions)
+    return len(captions), made
 
 
 def ours(source: Any, codec: TextCodec, normalise: bool = False) -> Callable[[], Iterator[int]]:
@@ -103,9 +111,7 @@ def sides(shards: list[Path], folder: Path, codec: TextCodec) -> dict[str, Calla
         for pictures, _ in DataLoader(data.map_tuple(clip_transform, str).batched(BATCH), batch_size=None):
             yield len(pictures)
 
-    common = Path(shards[0]).parent
-    tar = WebDataset(common, "{" + ",".join(path.name for path in shards) + "}") if len(shards) > 1 else None
-    tar = tar or WebDataset(common, shards[0].name)
+    tar = WebDataset(folder, "*.tar")
     return {
         "original (files)": original,
         "webdataset (tar)": web,
@@ -118,17 +124,15 @@ def sides(shards: list[Path], folder: Path, codec: TextCodec) -> dict[str, Calla
 def main() -> None:
     """Time, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="+", type=Path, help="tar shards with .jpg and .txt")
+    parser.add_argument("shards", nargs="+", type=Path, help="tar shards with .jpg, and .txt or .json with captions")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     codec = TextCodec(train_tokenizer(["a picture"], 300), 300, 64)
-    codec.prompt("")
-    assert Target("x").text
     with tempfile.TemporaryDirectory() as name:
-        count = lay_out(given.shards, Path(name))
-        runs = sides(given.shards, Path(name), codec)
+        count, shards = lay_out(given.shards, Path(name))
+        runs = sides(shards, Path(name), codec)
         rates: dict[str, list[float]] = {side: [] for side in runs}
         for _ in range(given.rounds):
             for side, run in runs.items():

@@ -1,0 +1,169 @@
+"""The batch script: signals go on to the training, a saved run is put back into the queue, a failed one is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_train import losses
+
+SCRIPT = Path("docs") / "slurm" / "train.sbatch"
+SRUN = '#!/bin/bash\necho "srun $*" >>"$CALLS"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+SCONTROL = '#!/bin/bash\necho "scontrol $*" >>"$CALLS"\n[ "$1" = show ] && echo localhost\nexit 0\n'
+# a training that saves when asked, and ends with a code of the test's choice
+TRAINER = """#!/bin/bash
+folder=$FOLDER
+stop() { [ -n "$SAVES" ] && mkdir -p "$folder/step-$(date +%s%N)"; sleep 0.2; exit "$CODE"; }
+trap stop USR1
+echo started >>"$CALLS"
+[ -n "$ENDS" ] && exit "$CODE"
+while :; do sleep 0.05; done
+"""
+
+
+class Job:
+    """A batch script that runs, with what SLURM's programs were asked."""
+
+    def __init__(self, folder: Path, root: Path, **environment: str) -> None:
+        self.folder, self.calls = folder / "run", folder / "calls"
+        tools = folder / "bin"
+        tools.mkdir(exist_ok=True)
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "trainer": TRAINER}.items():
+            if f"NO_{name}" in environment:
+                (tools / name).unlink(missing_ok=True)
+                continue
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "CALLS": str(self.calls),
+            "FOLDER": str(self.folder),
+            "LAUNCH": "trainer",
+            "SLURM_JOB_ID": "41",
+            "SAVES": "yes",
+            "CODE": "75",
+            "ENDS": "",
+            **environment,
+        }
+        self.calls.write_text("")
+        self.process = subprocess.Popen(
+            ["bash", str(root / SCRIPT), "--config", "x.yml", "--output_dir", str(self.folder)],
+            cwd=root,
+            env=self.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def signalled(self, *numbers: signal.Signals) -> tuple[int, str]:
+        """Wait until the training runs, send signals to the script alone, return exit code and what it said."""
+        until = time.monotonic() + 20
+        while "started" not in self.calls.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        time.sleep(0.1)
+        for number in numbers:
+            self.process.send_signal(number)
+            time.sleep(0.05)
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+    @property
+    def requeued(self) -> list[str]:
+        """What was put back into the queue."""
+        return [line.split()[-1] for line in self.calls.read_text().splitlines() if "scontrol requeue" in line]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(signal.SIGUSR1,), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1)],
+    ids=["USR1", "TERM", "both", "twice"],
+)
+def test_a_saved_run_is_requeued(tmp_path: Path, root: Path, numbers: tuple[signal.Signals, ...]) -> None:
+    job = Job(tmp_path, root)
+    assert job.signalled(*numbers)[0] == 0
+    assert job.requeued == ["41"]
+    assert "srun --kill-on-bad-exit=1 trainer train.py --config x.yml" in job.calls.read_text()
+
+
+def test_torchrun_hides_the_code(tmp_path: Path, root: Path) -> None:
+    """It makes 1 of 75: the signal that was passed on tells."""
+    job = Job(tmp_path, root, CODE="1")
+    job.signalled(signal.SIGUSR1)
+    assert job.requeued == ["41"]
+
+
+@pytest.mark.parametrize("code", ["0", "2", "3", "70", "1"])
+def test_an_end_of_its_own_is_an_end(tmp_path: Path, root: Path, code: str) -> None:
+    job = Job(tmp_path, root, CODE=code, ENDS="yes")
+    job.process.communicate(timeout=30)
+    assert job.process.returncode == int(code)
+    assert job.requeued == []
+
+
+def test_the_time_limit_inside_needs_no_signal(tmp_path: Path, root: Path) -> None:
+    job = Job(tmp_path, root, CODE="75", ENDS="yes")
+    job.process.communicate(timeout=30)
+    assert job.requeued == ["41"]
+
+
+def test_it_finished_while_it_was_asked(tmp_path: Path, root: Path) -> None:
+    job = Job(tmp_path, root, CODE="0")
+    assert job.signalled(signal.SIGUSR1)[0] == 0
+    assert job.requeued == []
+
+
+def test_an_array_job(tmp_path: Path, root: Path) -> None:
+    job = Job(tmp_path, root, SLURM_ARRAY_JOB_ID="90", SLURM_ARRAY_TASK_ID="7")
+    job.signalled(signal.SIGUSR1)
+    assert job.requeued == ["90_7"]
+
+
+@pytest.mark.parametrize("identity", ["", "41; rm -rf /", "-h"])
+def test_no_job_that_could_be_requeued(tmp_path: Path, root: Path, identity: str) -> None:
+    code, said = Job(tmp_path, root, SLURM_JOB_ID=identity).signalled(signal.SIGUSR1)
+    assert code == 75
+    assert "everything is saved, start it again" in said
+
+
+def test_without_scontrol(tmp_path: Path, root: Path) -> None:
+    code, said = Job(tmp_path, root, NO_scontrol="yes").signalled(signal.SIGUSR1)
+    assert code == 75
+    assert "scontrol cannot requeue 41; everything is saved" in said
+
+
+def test_no_loop_without_progress(tmp_path: Path, root: Path) -> None:
+    """Three times without a new save are enough; one with a save starts the count anew."""
+    for saves, code in (("", 0), ("", 0), ("yes", 0), ("", 0), ("", 0), ("", 75)):
+        job = Job(tmp_path, root, SAVES=saves)
+        ended, said = job.signalled(signal.SIGUSR1)
+        assert ended == code, said
+    assert "started 3 times without a new save" in said
+    assert job.requeued == []
+
+
+def test_a_real_training_through_the_script(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
+    """Asked to stop, requeued, started again by the queue, finished: the same losses as without all that."""
+    folder, calls = tmp_path / "run", tmp_path / "calls"
+    environment = Job(tmp_path, root, ENDS="yes", CODE="0").environment
+    environment |= {"LAUNCH": sys.executable, "OMP_NUM_THREADS": "1"}
+    flags = ["--config", str(tiny_tsv / "recipe.yml"), "--epochs", "20", "--save_every", "1000"]
+    line = ["bash", str(root / SCRIPT), *flags, "--output_dir", str(folder)]
+    calls.write_text("")
+    process = subprocess.Popen(line, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < 5:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert "stopped by SIGUSR1 and saved at step" in said
+    assert "scontrol requeue 41" in calls.read_text()
+    assert subprocess.run(line, cwd=root, env=environment, capture_output=True).returncode == 0
+    assert set(losses(folder)) == set(range(1, 61))
+    assert calls.read_text().count("scontrol requeue") == 1
