@@ -34,15 +34,21 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# hours: the recipes on real data, then every command on what they made, 20,000 mutated inputs, 100 kills
+# hours: the recipes on real data, then every command on what they made; mutated commands, files and pictures;
+# kills of the batch task, of a training, of a download; corrupted saves
 soak: $(READY)
 	$(BIN)/python train.py --config checkpoints/easy_vqa/config.yml --data_dir $(DATA)/easy_vqa
 	$(BIN)/python train.py --config checkpoints/rsicd/config.yml --data_dir $(DATA)/rsicd
 	$(BIN)/python -m pytest -m soak -s tests/test_end_to_end.py
 	GIT_MODEL_FUZZ=20000 GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_tsv_task.py
+	GIT_MODEL_KILLS=1000 $(BIN)/python -m pytest -s tests/test_lost_runs.py -k test_kills
+	GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_download.py -k killed
+	GIT_MODEL_CORRUPTIONS=700 GIT_MODEL_IMAGES=50000 $(BIN)/python -m pytest tests/test_saves.py tests/test_images.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/loader.py $(DATA)/rsicd/rsicd-val-*.tar
+	$(BIN)/python benchmarks/scale.py --rows 10000 100000
 	$(BIN)/python benchmarks/scoring.py $(DATA)/coco_val2017_subset/captions_val2017.json
 
 format: $(READY)

@@ -3,9 +3,9 @@
     python benchmarks/scale.py --rows 10000 100000 1000000
 
 Writes a TSV pair and tar shards of small pictures for each size (1,000,000 take 5 GB of disk), then opens each in a
-new process: seconds from the start of reading to the first batch of 32, and the growth of the process's memory, private
-(what each process pays) and shared (pages of the index that all processes of a node share). The first opening, which
-makes the indexes, is timed apart.
+new process: seconds from the start of reading to the first batch of 32, and the growth of the process's memory: its own
+(what each process pays), and the pages of files it has looked at (the index, mapped: one copy a node, and the system may
+take them back). The first opening, which makes the indexes, is timed apart.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def write(folder: Path, rows: int) -> None:
 def memory() -> dict[str, float]:
     """Return this process's memory in MB."""
     told = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    private = sum(int(told[f"Private_{kind}"].split()[0]) for kind in ("Clean", "Dirty"))
-    return {"private": private / 1024, "all": int(told["Rss"].split()[0]) / 1024}
+    own, whole = (int(told[name].split()[0]) / 1024 for name in ("Anonymous", "Rss"))
+    return {"own": own, "mapped": whole - own}
 
 
 def first_batch(kind: str, folder: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def main() -> None:
     if given.child:
         print(json.dumps(first_batch(given.child[0], Path(given.child[1]))))
         return
-    print(f"{'rows':>9} {'kind':<4} {'first opening':>14} {'first batch':>12} {'private':>15} {'all memory':>11}")
+    print(f"{'rows':>9} {'kind':<4} {'first opening':>14} {'first batch':>12} {'own memory':>15} {'mapped files':>13}")
     for rows in given.rows:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             write(Path(name), rows)
@@ -111,7 +111,7 @@ def main() -> None:
                 assert best["rows"] == rows
                 print(
                     f"{rows:>9,} {kind:<4} {first['seconds']:>12.2f} s {best['seconds']:>10.3f} s "
-                    f"{best['private']:>12.1f} MB {best['all']:>8.1f} MB",
+                    f"{best['own']:>12.1f} MB {best['mapped']:>10.1f} MB",
                     flush=True,
                 )
 

@@ -55,7 +55,8 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[Any]) -> None:
 
 def test_kills(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
     """Every step has the bits of the uninterrupted run, once; the weights at the end are equal."""
-    more = ["--epochs", "40", "--save_every", "2", "--validate_every", "30"]
+    steps = 6 * KILLS  # about as many as a try takes before it is killed
+    more = ["--epochs", str(2 * KILLS), "--save_every", "2", "--validate_every", "50"]
     for name, kills in (("whole", 0), ("killed", KILLS)):
         line = [sys.executable, str(root / "tests" / "killable.py"), str(tmp_path / name), str(kills), "0"]
         done = subprocess.run(
@@ -68,12 +69,12 @@ def test_kills(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
         told = json.loads(done.stdout.splitlines()[-1])
         print(told)
         assert told["code"] == 0, done.stderr[-2000:]
-    assert told["kills"] >= min(KILLS, 10)
+    assert told["kills"] > KILLS // 2
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     counts = Counter(line["step"] for line in map(json.loads, lines) if "loss" in line)
     assert set(counts.values()) == {1}
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert len(counts) == 120
+    assert len(counts) == steps
     assert same_tensors(tmp_path / "killed" / "model_latest.pt", tmp_path / "whole" / "model_latest.pt")
     assert not list((tmp_path / "killed").glob(".tmp-*"))
 

@@ -20,7 +20,7 @@ from git_model import saves
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.saves import DamagedSave, Saves, find, publish, verify
 
-CORRUPTIONS = int(os.environ.get("GIT_MODEL_CORRUPTIONS", "100"))  # of each kind and file; `make soak`: 1,000
+CORRUPTIONS = int(os.environ.get("GIT_MODEL_CORRUPTIONS", "100"))  # of each kind and file; `make soak`: 700
 OPERATIONS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "link", "open")
 FILES = {"model.pt": b"m" * 50_000, "state.pt": b"s" * 9_000}
 

@@ -149,10 +149,11 @@ class GlobalSampler(Sampler[list[Index]]):
     def order(self, epoch: int) -> np.ndarray:
         """Return the permutation of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
+        kind = np.int32 if self.size < 2**31 else np.int64  # 4 bytes a record in every process
         if not self.block:
-            return rng.permutation(self.size)
+            return rng.permutation(np.arange(self.size, dtype=kind))
         starts = rng.permutation(np.arange(0, self.size, self.block))
-        order = np.empty(self.size, np.int64)
+        order = np.empty(self.size, kind)
         filled = 0
         for first in range(0, len(starts), BLOCKS_TOGETHER):
             ranges = [np.arange(s, min(s + self.block, self.size)) for s in starts[first : first + BLOCKS_TOGETHER]]
