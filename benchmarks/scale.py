@@ -4,8 +4,8 @@
 
 Writes a TSV pair and tar shards of small pictures for each size (1,000,000 take 5 GB of disk), then opens each in a
 new process: seconds from the start of reading to the first batch of 32, and the growth of the process's memory: its own
-(what each process pays), and the pages of files it has looked at (the index, mapped: one copy a node, and the system may
-take them back). The first opening, which makes the indexes, is timed apart.
+(what each process pays), and the pages of files it has looked at (the index, mapped: one copy a node, and the system
+may take them back). The first opening, which makes the indexes, is timed apart.
 """
 
 from __future__ import annotations
