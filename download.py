@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     add("--user_agent_token", help="name by which X-Robots-Tag may address this download")
     add("--max_failed", default=1.0, type=number(0.0, 1.0), help="share of failed rows that ends with exit code 3")
     how = "pyspark: over a cluster (pip install pyspark; --data_root on a disk that all machines share)"
-    add("--distributor", default="multiprocessing", choices=["multiprocessing", "pyspark", "ray"], help=how)
+    add("--distributor", default="multiprocessing", choices=["multiprocessing", "pyspark"], help=how)
     add("--allow_private", action="store_true", help="for tests: private addresses and any port")
     add("--debug", action="store_true", help="show tracebacks")
     return parser

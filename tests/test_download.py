@@ -325,6 +325,7 @@ def test_a_full_disk(server: Server, root: Path, tmp_path: Path) -> None:
         (["--data_root", "x", "--splits", "test"], "--splits 'test'; one of: train, val"),
         (["--data_root", "x"], "must hold Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv"),
         (["--data_root", "x", "--url_list", "nothing.tsv"], "no list 'nothing.tsv'"),
+        (["--data_root", "x", "--distributor", "pyspark"], "pip install pyspark"),
         (["--data_root", "x", "--output_format", "zip"], "invalid choice: 'zip'"),
         (["--data_root", "x", "--dedup", "sha256", "--output_format", "webdataset"], "files only"),
     ],

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +52,7 @@ class DownloadOptions:
     dedup: Literal["url", "sha256"] = "url"
     deny: str | None = None
     max_failed: float = 1.0
-    distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"
+    distributor: Literal["multiprocessing", "pyspark"] = "multiprocessing"
     policy: FetchPolicy = field(default_factory=FetchPolicy)
 
 
@@ -63,6 +65,8 @@ def download(options: DownloadOptions) -> dict[str, dict[str, Any]]:
     root = Path(options.data_root)
     if options.dedup == "sha256" and options.output_format != "files":
         raise UserError("--dedup sha256 links files to each other; it goes with --output_format files only")
+    if options.distributor == "pyspark" and find_spec("pyspark") is None:
+        raise UserError("--distributor pyspark needs the package pyspark: pip install pyspark (and Java)")
     lists = _lists(root, options)
     denied = read_denied(options.deny)
     report: dict[str, dict[str, Any]] = {}
@@ -222,6 +226,7 @@ class Split:
         job = Job(self.work, self.pictures, tars, ranges, options.policy, bool(options.image_size))
         engine.Downloader = partial(GuardedDownloader, job)
         engine.LoggerProcess = SilentLogger
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would start whatever python3 is on the PATH
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             engine.download(
