@@ -56,6 +56,7 @@ def build_parser() -> Parser:
     add("--max_failed", default=1.0, type=number(0.0, 1.0), help="share of failed rows that ends with exit code 3")
     how = "pyspark: over a cluster (pip install pyspark; --data_root on a disk that all machines share)"
     add("--distributor", default="multiprocessing", choices=["multiprocessing", "pyspark"], help=how)
+    add("--spark_master", help="such as spark://host:7077; default: that of spark-submit, else this machine")
     add("--allow_private", action="store_true", help="for tests: private addresses and any port")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -66,21 +67,22 @@ def run(given: argparse.Namespace) -> None:
     splits = tuple(name.strip() for name in given.splits.split(","))
     if unknown := set(splits) - {"train", "val"}:
         raise UserError(f"--splits '{', '.join(sorted(unknown))}'; one of: train, val, train,val")
+    from git_model.download.known import TRANSIENT, DownloadOptions
     from git_model.download.network import FetchPolicy
     from git_model.download.report import table, write_report
-    from git_model.download.run import TRANSIENT, DownloadOptions, download
+    from git_model.download.run import download
 
     policy = FetchPolicy(
         deadline=given.timeout,
         max_bytes=given.max_bytes,
         retries=given.retries,
         backoff=given.backoff,
-        robots_agent=given.user_agent_token,
+        robots_agent=given.user_agent_token and given.user_agent_token.strip().lower(),
         private=given.allow_private,
     )
     same = ("data_root", "url_list", "caption_col", "url_col", "output_format", "samples_per_shard", "image_size")
     same += ("resize_mode", "quality", "processes", "threads", "retry_failed", "dedup", "deny", "max_failed")
-    chosen = {name: getattr(given, name) for name in (*same, "distributor")}
+    chosen = {name: getattr(given, name) for name in (*same, "distributor", "spark_master")}
     report = download(DownloadOptions(**chosen, splits=splits, policy=policy))
     write_report(Path(given.data_root), report)
     print(table(report))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
+STOP_NOTE = "GIT_MODEL_STOP_NOTE"  # names the file that docs/slurm/train.sbatch looks at
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -53,6 +54,14 @@ def first_host(nodes: str) -> str:
         return "localhost"
     stem, numbers, rest = match.groups()
     return stem + re.split(r"[-,]", numbers)[0] + rest if numbers else stem
+
+
+def note_stop(step: int) -> None:
+    """Tell the batch script that the run was stopped and saved: torchrun makes 1 of every exit code."""
+    path = os.environ.get(STOP_NOTE)
+    if path:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{step}\n")
 
 
 class StopRequest:

@@ -31,6 +31,9 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             raise UserError(f"{folder} is in use by {holder}: wait for that {what} or stop it") from error
+        except OSError as error:  # Lustre without flock, some NFS: better said than two writers
+            told = f"the file system of {folder} has no locks ({error.strerror})"
+            raise UserError(f"{told}: mount it with them (Lustre: -o flock), or write elsewhere") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{socket.gethostname()}, process {os.getpid()}\n".encode(), 0)
         yield

@@ -62,6 +62,19 @@ def save(
     publish(saves.write(step, files) / MODEL, saves.folder / LATEST)
 
 
+def newest(saves: Saves) -> Path | None:
+    """Return the newest save that verifies, its model published: a kill may have come between the two.
+
+    Raises:
+        UserError: there are saves, and none verifies.
+    """
+    found = saves.newest()
+    latest = saves.folder / LATEST
+    if found is not None and not (latest.exists() and latest.samefile(found / MODEL)):
+        publish(found / MODEL, latest)
+    return found
+
+
 def read_model(found: Path, config: Config, world: int = 1) -> dict[str, Any]:
     """Return the model file of a save.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from git_model import checkpoint, resume, training, validation
 from git_model.batch import CaptionBatch
-from git_model.cluster import StopRequest
+from git_model.cluster import StopRequest, note_stop
 from git_model.config import Config
-from git_model.datasets.loader import GlobalSampler, train_batches
+from git_model.datasets.loader import GlobalSampler, train_batches, worker_error
 from git_model.datasets.sources import build_source
 from git_model.errors import Preempted, UserError
 from git_model.models.build import build_model
@@ -118,6 +118,20 @@ class Run:
             dynamic_ncols=True,
         )
 
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Tell of a dead data worker by the records it was at: torch raises it wherever the main process is.
+
+        Raises:
+            UserError: instead of torch's error; the last save is what the run goes on from.
+        """
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, UserError) or (told := worker_error(self.data, error)) is None:
+                raise
+            raise told from error
+
     def steps(self) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
         settings, rank = self.config.data, self.accelerator.process_index
@@ -205,6 +219,8 @@ class Run:
         if float(self.accelerator.reduce(asked, "sum")):
             self.owes = True
             self.save_latest()
+            if self.accelerator.is_main_process:
+                note_stop(self.step)
             why = self.stop.why or "another process"
             raise Preempted(f"stopped by {why} and saved at step {self.step} of {self.total_steps}; start it again")
 
@@ -252,7 +268,7 @@ class Run:
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
-                found[0] = self.saves.newest()
+                found[0] = resume.newest(self.saves)
             except UserError as error:
                 found[1] = error
         broadcast_object_list(found)

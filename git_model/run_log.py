@@ -69,6 +69,7 @@ class RunLog:
             report = {"samples": merge_ledgers(ranks), "skipped_steps": skipped_steps}
             write_all([(self.folder / "run_report.json", [json.dumps(report, indent=2).encode() + b"\n"])])
             plot_loss(self.path, self.folder / "loss_curve.png")
+        self.accelerator.wait_for_everyone()  # a process that leaves the group early may abort
         self.accelerator.end_training()
 
 

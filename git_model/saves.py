@@ -77,7 +77,9 @@ class Saves:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{_TEMPORARY}*"):  # of a kill; the run's lock says that no other writes here
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self.folder.glob(".*.part"):
+            left.unlink(missing_ok=True)
         final = self._name(step)
         draft = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}"
         try:
@@ -112,8 +114,11 @@ class Saves:
         for save in find(self.folder):
             if save not in self.own:
                 away = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}"
-                save.rename(away)  # half a save must not look like one
-                shutil.rmtree(away)
+                try:
+                    save.rename(away)  # half a save must not look like one
+                    shutil.rmtree(away)
+                except OSError as error:  # the new one is there: what cannot be removed may stay
+                    log.warning("cannot remove the older save %s: %s", save, error)
 
 
 def find(folder: Path) -> list[Path]:

@@ -170,6 +170,11 @@ class Handler(BaseHTTPRequestHandler):
         """Redirect to what follows, a path or a whole URL."""
         self.answer(302, b"", {"Location": rest if "://" in rest or rest.startswith("//") else f"/{rest}"})
 
+    def how_utf8(self, rest: str, count: int) -> None:
+        """Redirect to a path in bytes beyond ASCII."""
+        self.wfile.write("HTTP/1.1 302 Found\r\nLocation: /same/ö.jpg\r\nContent-Length: 0\r\n\r\n".encode())
+        self.close_connection = True
+
     def how_loop(self, rest: str, count: int) -> None:
         """Redirect to itself."""
         self.answer(301, b"", {"Location": self.path})

@@ -96,6 +96,7 @@ def test_the_catalogue(server: Server, root: Path, tmp_path: Path) -> None:
         (f"{server.url}/denied/me.jpg", "denied"),
         (f"{server.url}/same/val.jpg", "in_validation"),
         ("http://[::1/", "bad_url"),
+        ("http://xn--a.example.com/x.jpg", "bad_url"),
     ]:
         rows.append(("plain", url))
         expected.append(verdict)
@@ -141,7 +142,7 @@ def test_again_costs_nothing_and_failures_can_be_tried_again(server: Server, roo
     asked = server.asked.total()
     finish(root, tmp_path, *only)
     assert server.asked.total() == asked
-    assert "no reason of" in finish(root, tmp_path, *only, "--retry_failed", "http_5oo", code=2)
+    assert "no row failed for that" in finish(root, tmp_path, *only, "--retry_failed", "http_5oo", code=2)
     finish(root, tmp_path, *only, "--retry_failed")
     assert [*verdicts(tmp_path / "train.ledger.tsv").values()] == ["ok"] * 4 + ["http_404", "ok"]
     assert server.asked.total() == asked + 4
@@ -208,6 +209,84 @@ def test_killed_at_any_moment_it_goes_on(server: Server, root: Path, tmp_path: P
     assert not work.exists()
 
 
+def test_a_killed_process_ends_the_download(server: Server, root: Path, tmp_path: Path) -> None:
+    """Out of memory, say: the engine would wait for its work for ever."""
+    server.table = lambda number, handler: (time.sleep(0.1), handler.how_ok(str(number), 1))[1]
+    write_list(tmp_path / VAL, [("a", f"{server.url}/table/{i}") for i in range(300)])
+    process = subprocess.Popen(command(root, tmp_path, "--splits", "val"), stderr=subprocess.PIPE, text=True)
+    work = tmp_path / ".download" / "val"
+    while not any(path.read_text() for path in work.glob("*.pid")) or not any(work.glob("*.ledger")):
+        time.sleep(0.05)
+    os.kill(int(next(work.glob("*.pid")).read_text()), signal.SIGKILL)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 70
+    assert "a process of the download was killed" in said
+    server.table = lambda number, handler: handler.how_ok(str(number), 1)
+    finish(root, tmp_path, "--splits", "val")
+    assert len(files(tmp_path / "val")) == 300
+
+
+def test_an_error_of_this_machine_stops_the_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from git_model.download import engine
+    from git_model.download.ledger import LedgerPart
+    from git_model.download.network import FetchPolicy
+
+    job = engine.Job(tmp_path, tmp_path, None, (0,), FetchPolicy(), False)
+    part = LedgerPart(job.part(0))
+    writer = engine.RowWriter(job, 0, part)
+    monkeypatch.setattr(engine, "fetch", lambda *_: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    fetch_row = engine._fetcher(job.policy, writer)
+    assert fetch_row((0, "http://example.org/")) == (0, None, engine.STOPPED)
+    assert isinstance(writer.error, RuntimeError)
+    assert fetch_row((1, "http://example.org/")) == (1, None, engine.STOPPED)
+    part.close()
+
+
+def test_validation_never_in_train(server: Server, root: Path, tmp_path: Path) -> None:
+    """Not when only the training set is fetched, and not when a picture was fetched before it was known."""
+    write_list(tmp_path / TRAIN, [("a", f"{server.url}/ok/1"), ("b", f"{server.url}/ok/2")])
+    finish(root, tmp_path, "--splits", "train")
+    assert set(files(tmp_path / "train")) == {"00000000.jpg", "00000001.jpg"}
+    write_list(tmp_path / VAL, [("v", f"{server.url}/ok/1")])
+    finish(root, tmp_path, "--splits", "train")
+    assert verdicts(tmp_path / "train.ledger.tsv") == {0: "in_validation", 1: "ok"}
+    assert set(files(tmp_path / "train")) == {"00000001.jpg"}
+
+
+def test_verdicts_belong_to_one_list(server: Server, root: Path, tmp_path: Path) -> None:
+    write_list(tmp_path / "cc.part1.tsv", [("a", f"{server.url}/ok/1")])
+    write_list(tmp_path / "cc.part2.tsv", [("b", f"{server.url}/ok/2")])
+    for part in ("part1", "part2"):
+        finish(root, tmp_path, "--url_list", str(tmp_path / f"cc.{part}.tsv"))
+    assert files(tmp_path / "cc.part2") == {"00000000.jpg": jpeg((2, 0, 77))}
+    same = ["--url_list", str(tmp_path / "cc.part1.tsv")]
+    assert "output_format was files, is webdataset" in finish(
+        root, tmp_path, *same, "--output_format", "webdataset", code=2
+    )
+    assert "image_size was 0, is 64" in finish(root, tmp_path, *same, "--image_size", "64", code=2)
+    write_list(tmp_path / "cc.part1.tsv", [("other", f"{server.url}/ok/9")])
+    assert "belong to another download (list was" in finish(root, tmp_path, *same, code=2)
+
+
+def test_packed_leftovers_and_lost_shards(server: Server, root: Path, tmp_path: Path) -> None:
+    """A picture that a kill left unpacked is taken over; a shard that is gone is fetched again."""
+    write_list(tmp_path / "m.tsv", [("a", f"{server.url}/ok/{i}") for i in range(4)])
+    more = ["--url_list", str(tmp_path / "m.tsv"), "--output_format", "webdataset", "--samples_per_shard", "2"]
+    folder = tmp_path / ".download" / "m" / "pictures" / "00000"
+    folder.mkdir(parents=True)
+    (folder / "00000000.jpg").write_bytes(JPEG)
+    (folder / "00000000.json").write_text(json.dumps({"caption": "kept", "sha256": "0" * 64}))
+    (folder / "00000001.jpg").write_bytes(JPEG[:40])
+    finish(root, tmp_path, *more)
+    assert server.asked["/ok/0"] == 0
+    with tarfile.open(tmp_path / "m" / "00000.tar") as shard:
+        assert shard.getnames()[:3] == ["00000000.jpg", "00000000.txt", "00000000.json"]
+    (tmp_path / "m" / "00001.tar").unlink()
+    finish(root, tmp_path, *more)
+    assert (tmp_path / "m" / "00001.tar").is_file()
+    assert [server.asked[f"/ok/{i}"] for i in range(4)] == [0, 1, 2, 2]
+
+
 def test_shards(server: Server, root: Path, tmp_path: Path) -> None:
     """img2dataset's layout, readable by the trainer; a second run adds to a shard."""
     rows = [(f"caption {i}", f"{server.url}/ok/{i}") for i in range(25)]
@@ -268,7 +347,7 @@ def test_csv_lists(server: Server, root: Path, tmp_path: Path, packed: bool) -> 
     assert "did you mean 'link'" in finish(root, data, *named[:-1], "lnk", code=2)
     finish(root, data, *named)
     assert [*verdicts(data / "list.ledger.tsv").values()] == ["ok", "bad_row", "ok"]
-    assert (data / "list.tsv").read_text().split("\t")[0] == 'two lines, "quoted" and a tab'
+    assert (data / "list.captions.tsv").read_text().split("\t")[0] == 'two lines, "quoted" and a tab'
 
 
 def test_ctrl_c(server: Server, root: Path, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +155,15 @@ def test_schemes(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http:///a.jpg", "http://0177.0.0.1/", "http://exa\x00mple.org/", "http://[::1"]
+    "url",
+    [
+        "http://",
+        "http:///a.jpg",
+        "http://0177.0.0.1/",
+        "http://xn--a.example.com/x.jpg",
+        "http://exa\x00mple.org/",
+        "http://[::1",
+    ],
 )
 def test_urls(url: str) -> None:
     assert reason(url) == ("bad_url", 1)
@@ -186,6 +196,13 @@ def test_urls(url: str) -> None:
         "[64:ff9b::7f00:1]",
         "[2002:7f00:1::]",
         "[ff02::1]",
+        "[fec0::1]",
+        "[::7f00:1]",
+        "[::ffff:0:7f00:1]",
+        "[64:ff9b:1::7f00:1]",
+        "[5f00::1]",
+        "[3fff::1]",
+        "[2001:db8::1]",
     ],
 )
 def test_addresses_that_are_not_the_internet(host: str) -> None:
@@ -195,6 +212,30 @@ def test_addresses_that_are_not_the_internet(host: str) -> None:
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_addresses_of_the_internet(address: str) -> None:
     assert is_public(address)
+
+
+@pytest.mark.parametrize("denied", ["127.0.0.1", "127.0.0.1/same/denied.jpg"])
+def test_the_deny_list_holds_at_every_hop(server: Server, denied: str) -> None:
+    policy = replace(POLICY, denied=frozenset([denied]))
+    for url in (f"{server.url}/same/denied.jpg", f"http://user@127.0.0.1:{server.port}/same/denied.jpg"):
+        assert reason(url, policy) == ("denied", 1)
+    hops = replace(POLICY, denied=frozenset(["127.0.0.1/same/inner.jpg"]))
+    assert reason(f"{server.url}/to/same/inner.jpg", hops) == ("denied", 1)
+    assert not any("denied" in path or path == "/same/inner.jpg" for path in server.asked)
+
+
+def test_a_location_in_utf8(server: Server) -> None:
+    assert fetch(f"{server.url}/utf8/x", POLICY) == (JPEG, 1)
+    assert "/same/%C3%B6.jpg" in server.asked
+
+
+def test_junk_is_bad_and_nothing_else() -> None:
+    rng = random.Random(0)
+    pieces = [*"[]:@/%a1 ?#", "http://", "https://", "xn--", "\u2122", "..", "\u0130", "\x00"]
+    for _ in range(5000):
+        url = "http://" + "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 9)))
+        with suppress(FetchError):  # the only error that gets out
+            assert parse_url(url).host
 
 
 def test_other_ports() -> None:

@@ -17,11 +17,11 @@ SRUN = '#!/bin/bash\necho "srun $*" >>"$CALLS"\nwhile [[ $1 == --* ]]; do shift;
 SCONTROL = '#!/bin/bash\necho "scontrol $*" >>"$CALLS"\n[ "$1" = show ] && echo localhost\nexit 0\n'
 # a training that saves when asked, and ends with a code of the test's choice
 TRAINER = """#!/bin/bash
-folder=$FOLDER
-stop() { [ -n "$SAVES" ] && mkdir -p "$folder/step-$(date +%s%N)"; sleep 0.2; exit "$CODE"; }
+stop() { [ -n "$SAVES" ] && echo "$SAVES" >"$GIT_MODEL_STOP_NOTE"; sleep 0.2; exit "$CODE"; }
 trap stop USR1
 echo started >>"$CALLS"
-[ -n "$ENDS" ] && exit "$CODE"
+[ -n "$ENDS" ] && [ "$CODE" = 75 ] && echo 9 >"$GIT_MODEL_STOP_NOTE"
+[ -n "$ENDS" ] && exit "${HIDDEN:-$CODE}"
 while :; do sleep 0.05; done
 """
 
@@ -30,7 +30,7 @@ class Job:
     """A batch script that runs, with what SLURM's programs were asked."""
 
     def __init__(self, folder: Path, root: Path, **environment: str) -> None:
-        self.folder, self.calls = folder / "run", folder / "calls"
+        self.calls = folder / "calls"
         tools = folder / "bin"
         tools.mkdir(exist_ok=True)
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "trainer": TRAINER}.items():
@@ -43,18 +43,17 @@ class Job:
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
             "PATH": f"{tools}:/usr/bin:/bin",
             "CALLS": str(self.calls),
-            "FOLDER": str(self.folder),
             "LAUNCH": "trainer",
             "SLURM_JOB_ID": "41",
-            "SAVES": "yes",
+            "SAVES": "7",
             "CODE": "75",
             "ENDS": "",
             **environment,
         }
         self.calls.write_text("")
         self.process = subprocess.Popen(
-            ["bash", str(root / SCRIPT), "--config", "x.yml", "--output_dir", str(self.folder)],
-            cwd=root,
+            ["bash", str(root / SCRIPT), "--config", "x.yml", "--output_dir=anywhere"],
+            cwd=folder,
             env=self.environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -106,14 +105,15 @@ def test_an_end_of_its_own_is_an_end(tmp_path: Path, root: Path, code: str) -> N
     assert job.requeued == []
 
 
-def test_the_time_limit_inside_needs_no_signal(tmp_path: Path, root: Path) -> None:
-    job = Job(tmp_path, root, CODE="75", ENDS="yes")
+@pytest.mark.parametrize("hidden", ["75", "1"], ids=["python", "torchrun"])
+def test_the_time_limit_inside_needs_no_signal(tmp_path: Path, root: Path, hidden: str) -> None:
+    job = Job(tmp_path, root, CODE="75", ENDS="yes", HIDDEN=hidden)
     job.process.communicate(timeout=30)
     assert job.requeued == ["41"]
 
 
 def test_it_finished_while_it_was_asked(tmp_path: Path, root: Path) -> None:
-    job = Job(tmp_path, root, CODE="0")
+    job = Job(tmp_path, root, CODE="0", SAVES="")
     assert job.signalled(signal.SIGUSR1)[0] == 0
     assert job.requeued == []
 
@@ -138,13 +138,14 @@ def test_without_scontrol(tmp_path: Path, root: Path) -> None:
 
 
 def test_no_loop_without_progress(tmp_path: Path, root: Path) -> None:
-    """Three times without a new save are enough; one with a save starts the count anew."""
-    for saves, code in (("", 0), ("", 0), ("yes", 0), ("", 0), ("", 0), ("", 75)):
+    """Three times without coming further are enough; a save of a later step starts the count anew."""
+    for saves, code in (("", 0), ("", 0), ("5", 0), ("5", 0), ("", 0), ("6", 0), ("6", 0), ("6", 0), ("", 75)):
         job = Job(tmp_path, root, SAVES=saves)
         ended, said = job.signalled(signal.SIGUSR1)
-        assert ended == code, said
-    assert "started 3 times without a new save" in said
+        assert ended == code, (saves, said)
+    assert "started 3 times without coming further than step 6" in said
     assert job.requeued == []
+    assert not list(tmp_path.glob(".requeued-*"))
 
 
 def test_a_real_training_through_the_script(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
@@ -165,5 +166,6 @@ def test_a_real_training_through_the_script(tiny_tsv: Path, tmp_path: Path, root
     assert "stopped by SIGUSR1 and saved at step" in said
     assert "scontrol requeue 41" in calls.read_text()
     assert subprocess.run(line, cwd=root, env=environment, capture_output=True).returncode == 0
+    assert not list(root.glob(".requeued-41")) + list(root.glob(".stopped-41"))
     assert set(losses(folder)) == set(range(1, 61))
     assert calls.read_text().count("scontrol requeue") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -183,8 +183,7 @@ def train_batches(
 ) -> Iterator[CaptionBatch]:
     """Yield the training batches that are left.
 
-    Raises:
-        UserError: a worker died or hung (names what the workers were reading), or ran out of shared memory.
+    A worker that dies or hangs is a RuntimeError of torch's, here or wherever the process is: see `worker_error`.
     """
     if workers:
         dataset.watch(workers)
@@ -197,25 +196,31 @@ def train_batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlive_first_sigterm if workers else None,
     )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise _worker_error(dataset, str(error), timeout) from error
-        yield batch
+    yield from loader
 
 
-def _worker_error(dataset: ImageTextDataset, said: str, timeout: int) -> Exception:
-    """Return what to tell of a failed worker: torch names a process, a person wants to know the record."""
-    dead, hung = re.search(r"worker \(pid\(?s?\)? ([\d, ]+)\)", said), "timed out" in said
-    if dataset.at is None or not (dead or hung):
-        return RuntimeError(said)
+def _outlive_first_sigterm(_worker: int) -> None:
+    """Let the first SIGTERM pass: a cluster sends it to every process, and the main one still has to save."""
+
+    def pass_once(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, pass_once)
+
+
+def worker_error(dataset: ImageTextDataset, error: Exception) -> UserError | None:
+    """Return what to tell of a failed worker, None where none failed.
+
+    torch names a process; a person wants to know the records that the workers were at.
+    """
+    said = str(error)
+    hung = "DataLoader timed out" in said
+    if dataset.at is None or not (hung or "DataLoader worker" in said or isinstance(error, ConnectionError | EOFError)):
+        return None
     reading = ", ".join(f"record {r}" for r in dataset.at.tolist() if r >= 0) or "nothing yet"
-    what = f"gave nothing for {timeout} s (data.worker_timeout)" if hung else "died (killed, or out of memory)"
+    what = "gave nothing for data.worker_timeout seconds" if hung else "died (killed, or out of memory)"
     hint = "; more shared memory (/dev/shm) or fewer --workers may help" if "shm" in said or "bus error" in said else ""
     return UserError(f"a data worker {what}; the workers were reading: {reading}{hint}", EXIT_BUG)
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,10 @@ class TarShards(Sequence[Record]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        return self.record(index)
+
+    def record(self, index: int, only: Collection[str] = MEMBERS) -> Record:
+        """Return a record, with the members of some extensions only: the others are not read."""
         position = checked_index(index, len(self), "the tar shards")
         number = int(np.searchsorted(self._ends, position, "right"))
         shard, path = self._shards[number], self.paths[number]
@@ -64,6 +68,8 @@ class TarShards(Sequence[Record]):
         key = shard["keys"][span["key_ends"]].tobytes().decode("utf-8", "surrogateescape")
         members = {}
         for kind, offset, size in shard["members"][span["member_ends"]].tolist():
+            if MEMBERS[kind] not in only:
+                continue
             where = f"{path} record '{key}' member .{MEMBERS[kind]} ({size} bytes)"
             if size > MAX_MEMBER_BYTES:
                 raise RecordError("too_large", where)

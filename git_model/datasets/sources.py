@@ -165,7 +165,7 @@ class WebDataset:
         """Yield every caption."""
         for index in range(len(self)):
             try:
-                record = self.records[index]
+                record = self.records.record(index, only=("txt", "json"))
                 yield from self._captions(record.key, record.members)
             except RecordError:
                 continue  # counted when the record is drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class SilentLogger:
 
 
 @contextmanager
-def progress(name: str, work: Path, total: int, done: int) -> Iterator[None]:
-    """Show verdicts as they come; what the engine prints goes to `engine.log`."""
+def progress(name: str, work: Path, total: int, done: int, check: Callable[[], None]) -> Iterator[None]:
+    """Show verdicts as they come, and call `check` each second; what the engine prints goes to `engine.log`."""
     screen = os.fdopen(os.dup(2), "w")
     bar = tqdm(desc=name, total=total, initial=done, unit="image", file=screen, smoothing=0.05, mininterval=1.0)
     over, places = threading.Event(), {path: path.stat().st_size for path in work.glob("*.ledger")}
@@ -47,6 +47,7 @@ def progress(name: str, work: Path, total: int, done: int) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(1.0):
             count()
+            check()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -87,6 +87,8 @@ class GuardedDownloader(img2dataset.downloader.Downloader):
         """Download a shard."""
         number = self.job.ranges[row[0]]
         part = LedgerPart(self.job.part(number))
+        at_work = self.job.part(number).with_suffix(".pid")  # a killed process cannot say so: its parent looks
+        at_work.write_text(str(os.getpid()))
         try:
             writer = RowWriter(self.job, number, part)
             self.sample_writer_class = lambda *_: writer
@@ -98,6 +100,7 @@ class GuardedDownloader(img2dataset.downloader.Downloader):
                 pack(self.job.folder(number), self.job.tars / f"{number:05d}.tar")
         finally:
             part.close()
+            at_work.unlink()
 
 
 def _fetcher(policy: FetchPolicy, writer: RowWriter) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
@@ -113,6 +116,9 @@ def _fetcher(policy: FetchPolicy, writer: RowWriter) -> Callable[..., tuple[int,
         except FetchError as error:
             writer.tries[url] = error.tries
             return key, None, error.reason
+        except Exception as error:  # raised here it would leave the engine waiting for ever
+            writer.error = error
+            return key, None, STOPPED
 
     return fetch_row
 
@@ -155,7 +161,7 @@ class RowWriter:
     def __init__(self, job: Job, number: int, part: LedgerPart) -> None:
         self.part, self.folder, self.packed = part, job.folder(number), job.tars is not None
         self.tries: dict[str, int] = {}
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, picture: bytes | None, key: str, caption: Any, meta: dict[str, Any]) -> None:

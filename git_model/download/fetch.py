@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import time
 from collections.abc import Iterable
@@ -53,11 +54,24 @@ def parse_url(url: str) -> httpx.URL:
         raise FetchError("bad_scheme")
     try:
         parsed = httpx.URL(url.strip()).copy_with(userinfo=b"", fragment=None)
+        if parsed.host:  # decoding it may fail, too
+            return parsed
     except (httpx.InvalidURL, ValueError, UnicodeError) as error:
         raise FetchError("bad_url") from error
-    if not parsed.host:
-        raise FetchError("bad_url")
-    return parsed
+    raise FetchError("bad_url")
+
+
+def is_denied(target: httpx.URL, denied: frozenset[str]) -> bool:
+    """Tell whether a host, or a URL whatever its scheme and port, is on a list of `bare_url`s."""
+    if not denied:
+        return False
+    host = target.host.casefold()
+    return host in denied or bare_url(f"//{host}{target.raw_path.decode('ascii')}") in denied
+
+
+def bare_url(url: str) -> str:
+    """Return a URL, or what is left of one, without scheme and credentials, in lower case."""
+    return re.sub(r"^[^/]*//", "", url.strip()).rpartition("@")[2].casefold()
 
 
 def _try(url: str, policy: FetchPolicy) -> bytes:
@@ -81,9 +95,12 @@ def _try(url: str, policy: FetchPolicy) -> bytes:
 
 def _hop(target: httpx.URL, policy: FetchPolicy, until: float) -> bytes | httpx.URL:
     """Return the body at a URL, or where it sends us."""
+    if is_denied(target, policy.denied):
+        raise FetchError("denied")
+    agent = USER_AGENT + (f" (compatible; {policy.robots_agent})" if policy.robots_agent else "")
     headers = [
         (b"Host", target.netloc),
-        (b"User-Agent", USER_AGENT.encode()),
+        (b"User-Agent", agent.encode("ascii", "replace")),
         (b"Accept", b"image/avif,image/webp,image/png,image/jpeg,image/*;q=0.8"),
         (b"Accept-Encoding", b"identity"),  # nothing to unpack, so nothing that unpacks to gigabytes
         (b"Connection", b"close"),
@@ -98,7 +115,7 @@ def _hop(target: httpx.URL, policy: FetchPolicy, until: float) -> bytes | httpx.
     ):
         heads = Message()
         for name, value in response.headers:
-            heads[name.decode("latin-1")] = value.decode("latin-1")
+            heads[name.decode("latin-1")] = _text(value)
         if response.status in REDIRECTS and heads["Location"]:
             try:
                 return target.join(heads["Location"].strip())
@@ -108,6 +125,14 @@ def _hop(target: httpx.URL, policy: FetchPolicy, until: float) -> bytes | httpx.
             raise FetchError(f"http_{response.status}", _retry_after(heads["Retry-After"]))
         _check_headers(heads, policy)
         return _body(response.iter_stream(), policy.max_bytes)
+
+
+def _text(value: bytes) -> str:
+    """Return a header's text: ASCII by the standard, UTF-8 by many servers' habit."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _check_headers(heads: Message, policy: FetchPolicy) -> None:

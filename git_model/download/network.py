@@ -17,6 +17,8 @@ import httpcore
 
 AZURE_HOST = ipaddress.ip_address("168.63.129.16")  # a cloud's own service on a public address
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST6 = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6; the rest only looks like addresses
+DOCUMENTS6 = ipaddress.ip_network("3fff::/20")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class FetchPolicy:
         max_wait: longest pause that a server's Retry-After may ask for, seconds.
         max_hops: redirects followed.
         ports: allowed ones.
-        robots_agent: name by which X-Robots-Tag may address us.
+        robots_agent: name by which X-Robots-Tag may address us, in lower case; sent with each request.
+        denied: hosts, and URLs without their scheme, that are not asked; in lower case.
         private: for tests: private addresses and any port allowed.
     """
 
@@ -43,6 +46,7 @@ class FetchPolicy:
     max_hops: int = 5
     ports: tuple[int, ...] = (80, 443)
     robots_agent: str | None = None
+    denied: frozenset[str] = frozenset()
     private: bool = False
 
 
@@ -62,11 +66,14 @@ class FetchError(Exception):
 def is_public(address: str) -> bool:
     """Tell whether an address is one of the open internet, and none that stands for another kind."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner: list[Any] = [ip]
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner += [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        inner += [ipaddress.ip_address(ip.packed[-4:])] if ip in NAT64 else []
-    return all(i.is_global and not i.is_multicast and i != AZURE_HOST for i in inner if i is not None)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast and ip != AZURE_HOST
+    inside = ip.ipv4_mapped or (ipaddress.IPv4Address(ip.packed[-4:]) if ip in NAT64 else None)
+    if inside is not None:
+        return is_public(str(inside))
+    carried = [ip.sixtofour, *(ip.teredo or ())]
+    plain = ip in UNICAST6 and ip not in DOCUMENTS6 and ip.is_global
+    return plain and all(is_public(str(i)) for i in carried if i is not None)
 
 
 def resolve(host: str, port: int, timeout: float) -> list[str]:

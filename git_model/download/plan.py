@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from git_model.datasets.files import write_all
-from git_model.download.fetch import parse_url
+from git_model.download.fetch import bare_url, is_denied, parse_url
 from git_model.download.ledger import Ledger
 from git_model.download.network import FetchError
 from git_model.errors import UserError, one_of
@@ -23,7 +23,7 @@ DENIED = (
     "dstormer6em3i4km.onion.link/wp-content/uploads/2015/03/US-Forest-Ranger-Nazi-819x1024.jpg",
     "dstormer6em3i4km.onion.link/wp-content/uploads/2014/05/pretty-for-a-dark-skinned-girl.jpg",
 )
-_SCHEME = re.compile(r"^[^/]*//")  # a scheme, or what is left of one: "http://", "~://", "//"
+_PLAIN = re.compile(r"https?://[A-Za-z0-9.-]+(?:/[!#-;=?-Z_a-z~%&]*)?")  # nearly all of them: nothing to find wrong
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, str] | None]:
@@ -57,12 +57,12 @@ class Plan:
 
     def __init__(self, tsv: Path, denied: Iterable[str] = (), held_out: frozenset[bytes] = frozenset()) -> None:
         self.tsv = tsv
-        denied = {_SCHEME.sub("", entry).casefold() for entry in (*DENIED, *denied)}
+        self.denied = frozenset(bare_url(entry) for entry in (*DENIED, *denied))
         refused: dict[int, str] = {}
         digests = bytearray()
         for row, pair in enumerate(rows_of(tsv)):
             digest = url_digest(pair[1]) if pair else bytes(16)
-            if reason := _refusal(pair, digest, denied, held_out):
+            if reason := _refusal(pair, digest, self.denied, held_out):
                 refused[row] = reason
             digests += digest
         self.refused = refused
@@ -118,20 +118,23 @@ def url_digest(url: str) -> bytes:
     return hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=15).digest() + b"u"
 
 
-def _refusal(pair: tuple[str, str] | None, digest: bytes, denied: set[str], held_out: frozenset[bytes]) -> str | None:
+def _refusal(
+    pair: tuple[str, str] | None, digest: bytes, denied: frozenset[str], held_out: frozenset[bytes]
+) -> str | None:
     """Return why a row is not asked for, None where it is."""
     if pair is None:
         return "bad_row"
-    bare = _SCHEME.sub("", pair[1]).casefold()
-    if bare in denied or bare.partition("/")[0] in denied:
+    bare = bare_url(pair[1])
+    if bare in denied or re.split(r"[/:?#]", bare, maxsplit=1)[0] in denied:
         return "denied"
     if digest in held_out:
         return "in_validation"
+    if _PLAIN.fullmatch(pair[1]) and "xn--" not in pair[1]:
+        return None
     try:
-        parse_url(pair[1])
+        return "denied" if is_denied(parse_url(pair[1]), denied) else None
     except FetchError as error:
         return error.reason
-    return None
 
 
 def read_denied(path: str | None) -> list[str]:

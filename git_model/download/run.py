@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
+import threading
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from git_model.datasets.sources import ConceptualCaptions
 from git_model.download.console import SilentLogger, progress
-from git_model.download.ledger import OK, Ledger, LedgerPart
+from git_model.download.known import DownloadOptions, Place, check_reasons
+from git_model.download.ledger import OK, Ledger
 from git_model.download.network import FetchPolicy
 from git_model.download.plan import Plan, plain_list, read_denied
 from git_model.errors import EXIT_BUG, UserError
 from git_model.lock import folder_lock
 
 log = logging.getLogger(__name__)
-
-TRANSIENT = re.compile(r"http_(408|425|429|5\d\d)|timeout|refused|unreachable|truncated|disconnected|protocol|dns|tls")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadOptions:
-    """What download.py can be told; see its `--help`."""
-
-    data_root: str
-    url_list: str | None = None
-    caption_col: str = "0"
-    url_col: str = "1"
-    splits: tuple[str, ...] = ("val", "train")
-    output_format: Literal["files", "webdataset"] = "files"
-    image_size: int = 0
-    resize_mode: Literal["keep_ratio", "center_crop", "border", "keep_ratio_largest"] = "keep_ratio"
-    quality: int = 95
-    processes: int = 2
-    threads: int = 64
-    samples_per_shard: int = 10_000
-    retry_failed: str | None = None
-    dedup: Literal["url", "sha256"] = "url"
-    deny: str | None = None
-    max_failed: float = 1.0
-    distributor: Literal["multiprocessing", "pyspark"] = "multiprocessing"
-    policy: FetchPolicy = field(default_factory=FetchPolicy)
 
 
 def download(options: DownloadOptions) -> dict[str, dict[str, Any]]:
@@ -71,15 +45,21 @@ def download(options: DownloadOptions) -> dict[str, dict[str, Any]]:
     denied = read_denied(options.deny)
     report: dict[str, dict[str, Any]] = {}
     held_out: frozenset[bytes] = frozenset()
+    if options.retry_failed is not None:
+        check_reasons(options.retry_failed, [root / f"{name}.ledger.tsv" for name in lists])
     with folder_lock(root / ".download", "download"):
+        if options.url_list is None and "train" in options.splits:
+            validation = root / ConceptualCaptions.FILES["val"]
+            if validation.is_file():  # also where only the training set is fetched
+                held_out = Plan(validation).digests()
         for name, tsv in lists.items():
-            if not tsv.is_file():
-                plain_list(Path(str(options.url_list)), tsv, options.caption_col, options.url_col)
-            plan = Plan(tsv, denied, held_out)
-            ledger = Split(name, root, options).run(plan)
+            if options.url_list is not None and tsv != Path(options.url_list):
+                plain_list(Path(options.url_list), tsv, options.caption_col, options.url_col)
+            split = Split(name, root, options)
+            split.bind(tsv)
+            plan = Plan(tsv, denied, held_out if name == "train" else frozenset())
+            ledger = split.run(plan)
             report[name] = {"rows": len(plan), **_counts(ledger), "tries": int(ledger.tries.sum(dtype=np.int64))}
-            if name == "val":
-                held_out = plan.digests()
     return report
 
 
@@ -89,9 +69,9 @@ def _lists(root: Path, options: DownloadOptions) -> dict[str, Path]:
         path = Path(options.url_list)
         if not path.is_file():
             raise UserError(f"no list '{path}'")
-        name = path.name.split(".")[0]
+        name = re.sub(r"\.(tsv|csv)(\.gz)?$", "", path.name)
         plain = path.suffix == ".tsv" and (options.caption_col, options.url_col) == ("0", "1")
-        return {name: path if plain else root / f"{name}.tsv"}
+        return {name: path if plain else root / f"{name}.captions.tsv"}
     files = {name: root / ConceptualCaptions.FILES[name] for name in ("val", "train") if name in options.splits}
     if missing := [path for path in files.values() if not path.is_file()]:
         names = ", ".join(ConceptualCaptions.FILES.values())
@@ -104,30 +84,20 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
     return {"ok": counts.pop(OK, 0), "reasons": counts}
 
 
-class Split:
-    """One list on its way to disk.
+class Split(Place):
+    """One list on its way to disk."""
 
-    Args:
-        name: of the folder of its pictures.
-        root: where that folder and `{name}.ledger.tsv` go.
-        options: see `DownloadOptions`.
-    """
-
-    def __init__(self, name: str, root: Path, options: DownloadOptions) -> None:
-        self.name, self.options, self.out = name, options, root / name
-        self.work, self.final = root / ".download" / name, root / f"{name}.ledger.tsv"
-        self.packed = options.output_format == "webdataset"
-        self.pictures = self.work / "pictures" if self.packed else self.out
+    killed = False
 
     def run(self, plan: Plan) -> Ledger:
         """Fetch what has no verdict yet, and write the ledger."""
-        ledger = self._known(plan)
+        ledger = self.known(plan)
         ranges = self._write_work(plan, ledger)
         waiting = int((ledger.status == 0).sum())
         if ranges:
-            with progress(self.name, self.work, len(plan), len(plan) - waiting):
-                self._engine(ranges)
-            self._merge(ledger)
+            with progress(self.name, self.work, len(plan), len(plan) - waiting, self._find_killed):
+                self._engine(ranges, replace(self.options.policy, denied=plan.denied))
+            self.merge(ledger)
         if self.packed:
             self._pack_leftovers()
         if lost := int((ledger.status == 0).sum()):
@@ -138,64 +108,19 @@ class Split:
         shutil.rmtree(self.work)
         return ledger
 
-    def _known(self, plan: Plan) -> Ledger:
-        """Return what earlier runs found, less what is asked for again or is not there any more."""
-        ledger = Ledger(len(plan))
-        ledger.read(self.final)
-        self._merge(ledger)
-        for row, reason in plan.refused.items():
-            ledger.set(row, reason)
-        if self.options.retry_failed is not None:
-            ledger.clear(self._asked_again(ledger))
-        if not self.packed:
-            there = self._files(len(plan))
-            ok = ledger.status == ledger.numbers[OK]
-            if gone := int((ok & ~there).sum()):
-                log.warning("%s: %d pictures of the ledger are gone and will be fetched again", self.name, gone)
-                ledger.clear(ok & ~there)
-            self._adopt(ledger, np.flatnonzero(there & (ledger.status == 0)))
-        return ledger
-
-    def _merge(self, ledger: Ledger) -> None:
-        for path in sorted(self.work.glob("*.ledger")):
-            LedgerPart(path).close()  # waits for a process of a killed run that is not quite gone
-            ledger.read(path)
-
-    def _asked_again(self, ledger: Ledger) -> np.ndarray:
-        wanted = str(self.options.retry_failed)
-        names = {name.strip() for name in wanted.split(",")}
-        failed = [word for word in ledger.words[1:] if word != OK]
-        if unknown := names - {"transient", "all", *failed}:
-            raise UserError(
-                f"--retry_failed '{', '.join(sorted(unknown))}' is no reason of {self.final}; "
-                f"one of: transient, all, {', '.join(failed)}"
-            )
-        again = {w for w in failed if w in names or "all" in names or ("transient" in names and TRANSIENT.fullmatch(w))}
-        return np.isin(ledger.status, [ledger.numbers[word] for word in again])
-
-    def _files(self, rows: int) -> np.ndarray:
-        """Return which rows have a picture; remove what a kill left half-written."""
-        there = np.zeros(rows, bool)
-        if not self.out.is_dir():
-            return there
-        with os.scandir(self.out) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") and entry.name.endswith(".part"):
-                    os.unlink(entry.path)
-                elif re.fullmatch(r"\d{8,}\.jpg", entry.name) and int(entry.name[:-4]) < rows:
-                    there[int(entry.name[:-4])] = True
-        return there
-
-    def _adopt(self, ledger: Ledger, rows: np.ndarray) -> None:
-        """Take over pictures without a verdict: those of a killed run, or of another downloader."""
-        if not len(rows):
+    def _find_killed(self) -> None:
+        """End the wait for a process that was killed: the engine's pool would go on waiting for its work."""
+        if self.options.distributor != "multiprocessing" or self.killed:
             return
-        with multiprocessing.get_context("spawn").Pool(self.options.processes) as pool:
-            paths = [self.out / f"{row:08d}.jpg" for row in rows]
-            found = pool.imap(adopt_picture, paths, chunksize=16)
-            for row, (size, sha256) in zip(rows, tqdm(found, f"{self.name}: there already", len(rows)), strict=True):
-                if sha256:
-                    ledger.set(int(row), OK, 0, size, "" if self.options.image_size else sha256)
+        for path in self.work.glob("*.pid"):
+            try:
+                os.kill(int(path.read_text() or 0) or os.getpid(), 0)
+            except ProcessLookupError:
+                if path.exists():
+                    self.killed = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # it waits in a lock
+            except (FileNotFoundError, ValueError):
+                continue
 
     def _write_work(self, plan: Plan, ledger: Ledger) -> tuple[int, ...]:
         """Write the engine's input, a file for each range; return the ranges."""
@@ -204,6 +129,8 @@ class Split:
 
         shutil.rmtree(self.work / "list", ignore_errors=True)
         shutil.rmtree(self.work / "engine", ignore_errors=True)
+        for left in self.work.glob("*.pid"):  # of a killed run
+            left.unlink()
         (self.work / "list").mkdir(parents=True)
         schema = pa.schema(
             {"url": pa.string(), "rows": pa.list_(pa.int64()), "captions": pa.list_(pa.string())}  # type: ignore[arg-type]
@@ -216,17 +143,18 @@ class Split:
             ranges.append(number)
         return tuple(ranges)
 
-    def _engine(self, ranges: tuple[int, ...]) -> None:
+    def _engine(self, ranges: tuple[int, ...], policy: FetchPolicy) -> None:
         from git_model.download.engine import GuardedDownloader, Job
 
         engine: Any = import_module("img2dataset.main")  # the package hides it behind a function of that name
 
         options = self.options
         tars = self.out if self.packed else None
-        job = Job(self.work, self.pictures, tars, ranges, options.policy, bool(options.image_size))
+        job = Job(self.work, self.pictures, tars, ranges, policy, bool(options.image_size))
         engine.Downloader = partial(GuardedDownloader, job)
         engine.LoggerProcess = SilentLogger
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would start whatever python3 is on the PATH
+        if options.distributor == "pyspark":
+            _start_spark(options)
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             engine.download(
@@ -249,6 +177,9 @@ class Split:
                 max_shard_retry=0,
             )
         except SystemExit as stop:  # the engine's own answer to Ctrl-C
+            if self.killed:
+                told = "a process of the download was killed (out of memory? fewer --threads hold fewer pictures)"
+                raise UserError(f"{told}; what is done is kept, start the same command again", EXIT_BUG) from stop
             raise KeyboardInterrupt from stop
         finally:
             signal.signal(signal.SIGINT, ctrl_c)
@@ -275,15 +206,11 @@ class Split:
                 link.replace(path)
 
 
-def adopt_picture(path: Path) -> tuple[int, str]:
-    """Return bytes and SHA-256 of a picture, or (0, '') where it cannot be decoded."""
-    import hashlib
+def _start_spark(options: DownloadOptions) -> None:
+    """Start the session that the engine then finds: spark-submit's, the named master's, or one on this machine."""
+    from pyspark import SparkConf  # type: ignore[missing-import]
+    from pyspark.sql import SparkSession  # type: ignore[missing-import]
 
-    from git_model.datasets.images import ImageError, decode_image
-
-    data = path.read_bytes()
-    try:
-        decode_image(data)
-    except ImageError:
-        return 0, ""
-    return len(data), hashlib.sha256(data).hexdigest()
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would start whatever python3 is on the PATH
+    master = options.spark_master or SparkConf().get("spark.master", f"local[{options.processes}]")
+    SparkSession.builder.appName("download").master(str(master)).getOrCreate()
