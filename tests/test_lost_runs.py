@@ -262,7 +262,8 @@ def test_the_scaler_comes_back(tiny_tsv: Path, tmp_path: Path, monkeypatch: pyte
     config = config_of(tiny_tsv, tmp_path)
     Run(config).save_latest()
     scale = 2.0
-    assert Run(config).scaler.get_scale() == 4096.0
+    scaler: Any = Run(config).scaler
+    assert scaler.get_scale() == 4096.0
 
 
 def test_a_kill_before_the_model_is_published(tiny_tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
