@@ -110,13 +110,8 @@ class Run:
             self.model.compile()
         if self.accelerator.is_main_process:
             log.info("%s", training.describe_parts(self.raw_model))
-        self.bar = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
+        hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
