@@ -39,7 +39,7 @@ def train(config: Config) -> dict[str, float]:
     adopt_slurm()
     with sole_writer(Path(options.output_dir)), stop.listening():
         run = Run(config, stop)
-        with run.bar, run.naming_failures():
+        with run.naming_failures(), run.bar:
             if run.owes:
                 round_off(run)
             for micro in run.steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,6 +124,7 @@ class Run:
         try:
             yield
         except (RuntimeError, ConnectionError, EOFError) as error:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again, anywhere
             if isinstance(error, UserError) or (told := worker_error(self.data, error)) is None:
                 raise
             raise told from error
