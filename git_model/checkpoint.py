@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from git_model.config import PARTS, Config
+from git_model.architecture import PARTS
+from git_model.config import Config
 from git_model.datasets.files import write_all
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.build import build_model

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from git_model.config import PARTS, TrainConfig
+from git_model.architecture import PARTS
+from git_model.config import TrainConfig
 from git_model.errors import UserError
 from git_model.models.git import GitModel
 from git_model.muon import Muon

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from git_model.architecture import PARTS
 from git_model.batch import BadSample, CaptionBatch
-from git_model.config import PARTS, Config, TrainConfig
+from git_model.config import Config, TrainConfig
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import GlobalSampler, ImageTextDataset

@@ -16,8 +16,9 @@ import torch
 from tiny import byte_tokenizer, captions, collator, png
 
 import train
+from git_model.architecture import MAPPER_FEATURES
 from git_model.checkpoint import load_checkpoint, read_content
-from git_model.config import MAPPER_FEATURES, Config
+from git_model.config import Config
 from git_model.errors import UserError
 from git_model.flags import read_flags
 from git_model.models.build import build_model

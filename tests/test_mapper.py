@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from git_model.config import MAPPER_FEATURES, Config, MapperConfig
+from git_model.architecture import MAPPER_FEATURES, MapperConfig
+from git_model.config import Config
 from git_model.errors import UserError
 from git_model.models.mapper import MAPPERS, build_mapper
 from git_model.schema import from_dict

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import train
-from git_model.config import LanguageConfig
+from git_model.architecture import LanguageConfig
 from git_model.datasets.collate import Collator, Loaded, Target
 from git_model.flags import read_flags
 from git_model.models.decoders import build_decoder

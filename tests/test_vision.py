@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from git_model.config import SmallVisionConfig, VisionConfig
+from git_model.architecture import SmallVisionConfig, VisionConfig
 from git_model.errors import EXIT_IO, EXIT_USAGE, UserError
 from git_model.models import openai_clip
 from git_model.models.small_vision import resize_positions

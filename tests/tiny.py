@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from git_model.architecture import LanguageConfig, SmallLanguageConfig
 from git_model.batch import Target
-from git_model.config import Config, LanguageConfig, SmallLanguageConfig
+from git_model.config import Config
 from git_model.datasets.collate import Collator, Loaded
 from git_model.models.decoders import build_decoder
 from git_model.models.git import GitModel

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from git_model.config import DTYPES, Config
+from git_model.architecture import DTYPES
+from git_model.config import Config
 from git_model.errors import UserError
 from git_model.models.decoders import build_decoder, decoder_width
 from git_model.models.git import GitModel

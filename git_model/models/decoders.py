@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from git_model.config import LanguageConfig
+from git_model.architecture import LanguageConfig
 from git_model.errors import UserError
 from git_model.models.hub import check_name
 

@@ -1,7 +1,7 @@
 """MAPPERS: image features (I,N,D) -> tokens of the language model (I,K,E).
 
 Every mapper has `num_tokens` (K) and takes `(dim_in, dim_out, num_in, config)`; which features each can read
-is checked when the config is read (`config.MAPPER_FEATURES`).
+is checked when the config is read (`architecture.MAPPER_FEATURES`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from git_model.config import MapperConfig
+from git_model.architecture import MapperConfig
 from git_model.errors import UserError
 
 Builder = Callable[[int, int, int, MapperConfig], nn.Module]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from git_model.config import VisionConfig
+from git_model.architecture import VisionConfig
 from git_model.errors import UserError
 
 # about as strong as the stem's output, beside which ViT's 0.02 is faint

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from git_model.config import VisionConfig
+from git_model.architecture import VisionConfig
 from git_model.errors import UserError, one_of
 from git_model.models import openai_clip
 from git_model.models import small_vision as shared
