@@ -33,13 +33,14 @@ def train(config: Config) -> dict[str, float]:
         build_source(entries, config.data.dir)  # most mistakes are there, and it needs no torch
     if Path(config.train.output_dir).is_file():
         raise UserError(f"--output_dir {config.train.output_dir} is a file; give a folder")
+    from git_model.datasets.loader import naming_failures
     from git_model.run import Run  # torch comes only now that the recipe is known to be right
 
     options, stop = config.train, StopRequest(config.train.stop_before_end)
     adopt_slurm()
     with sole_writer(Path(options.output_dir)), stop.listening():
         run = Run(config, stop)
-        with run.naming_failures(), run.bar:
+        with naming_failures(run.data), run.bar:
             if run.owes:
                 round_off(run)
             for micro in run.steps():

@@ -134,6 +134,24 @@ class SmallLanguageConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA), trained on a frozen pretrained language model."""
+
+    rank: int = 0
+    """of the adapters; 0 = none"""
+    alpha: float = 16.0
+    """what an adapter adds is multiplied by alpha / rank"""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    """names of the layers that get one, e.g. [q_proj, v_proj], or [all-linear]; [] = the family's usual ones"""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, f"language.lora.rank {self.rank} is below 0")
+        check(self.alpha > 0, f"language.lora.alpha {self.alpha} is not above 0")
+        check(0 <= self.dropout < 1, f"language.lora.dropout {self.dropout} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """Which causal language model, and how it attends to the image tokens."""
 
@@ -144,8 +162,20 @@ class LanguageConfig:
     dtype: str = "auto"
     """of a frozen decoder's weights: float32, float16, bfloat16; 'auto' follows train.precision.
     Trained parts are always float32"""
+    bits: int = 16
+    """of a frozen pretrained decoder's weights: 16 (what `dtype` says), 8 (LLM.int8()) or 4 (NF4, double quantised)"""
+    int8: str = "auto"
+    """how 8-bit weights are multiplied: 'llm.int8' (cards from compute capability 7.5, CPUs), 'dequantised' on the fly
+    (any card, a V100 too), or 'auto': the first where the card has it"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     small: SmallLanguageConfig = field(default_factory=SmallLanguageConfig)
 
     def __post_init__(self) -> None:
+        check(self.bits in (16, 8, 4), f"language.bits (--lm_bits) {self.bits} is not one of: 16, 8, 4")
+        choice("language.int8", self.int8, ("auto", "llm.int8", "dequantised"))
+        if self.name == "small":
+            told = "is for pretrained language models; 'small' starts from nothing"
+            check(self.bits == 16, f"--lm_bits {self.bits} {told}")
+            check(not self.lora.rank, f"--lora_rank {self.lora.rank} {told}")
         choice("language.prefix_attention", self.prefix_attention, ("causal", "bidirectional"))
         choice("language.dtype", self.dtype, ("auto", *DTYPES.values()))

@@ -13,13 +13,13 @@ import hashlib
 import io
 import logging
 import pickle
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from git_model.architecture import PARTS
 from git_model.config import Config
@@ -29,6 +29,7 @@ from git_model.models.build import build_model
 from git_model.models.git import GitModel
 from git_model.schema import from_dict, to_dict
 from git_model.tokens import tokenizer_from_json
+from git_model.weights import fetched_parts, held_tensors, identify, load_part, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -53,28 +54,6 @@ class Loaded:
     config: Config
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
-
-
-def saved_parts(model: GitModel) -> tuple[str, ...]:
-    """Return the parts a checkpoint holds: all but frozen ones that can be fetched again by name."""
-    again = {"vision": bool(model.vision.pretrained), "mapper": False, "language": model.language.name != "small"}
-    return tuple(part for part in PARTS if not (part in model.frozen and again[part]))
-
-
-def parts_of(tensors: Iterable[str]) -> set[str]:
-    """Return the parts that tensor names such as `mapper.net.0.weight` belong to."""
-    return {name.split(".")[0] for name in tensors}
-
-
-def fingerprint(part: nn.Module) -> str:
-    """Return a hash of a part's names, shapes, types and up to 4,096 evenly spaced numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(part.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -117,6 +96,7 @@ def model_file(
     epoch: int,
     metrics: Mapping[str, float] | None = None,
     world: int = 1,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> bytes:
     """Return the bytes of a model file; see the module's docstring.
 
@@ -128,19 +108,15 @@ def model_file(
         metrics: the last validation's.
         world: number of processes.
     """
-    kept = saved_parts(model)
-    tensors = {
-        f"{part}.{name}": tensor.detach().cpu()
-        for part in kept
-        for name, tensor in getattr(model, part).state_dict().items()
-    }
     names = {"vision": config.vision.name, "mapper": config.mapper.type, "language": config.language.name}
-    frozen = {p: {"name": names[p], "fingerprint": fingerprint(getattr(model, p))} for p in PARTS if p not in kept}
+    fetched = fetched_parts(model)
+    known = model.fingerprints or identify(model)
+    frozen = {part: {"name": names[part], "fingerprint": known[part]} for part in fetched}
     small = config.language.name == "small"
     content = {
         "format": FORMAT,
         "config": to_dict(config),
-        "tensors": tensors,
+        "tensors": dict(held_tensors(model) if tensors is None else tensors),
         "frozen": frozen,
         "tokenizer": model.codec.tokenizer.backend_tokenizer.to_str() if small else None,
         "metrics": dict(metrics or {}),
@@ -186,12 +162,20 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Loaded:
+def load_checkpoint(
+    path: str | Path,
+    bare_config: Config | None = None,
+    *,
+    bits: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Loaded:
     """Rebuild a model from its file.
 
     Args:
         path: a file this module wrote, or a bare state dict with the same tensor names.
         bare_config: the architecture, for a bare state dict only.
+        bits: of the language model's weights, where other than it was trained with: 16 to merge its adapters.
+        device: where the model is going; see `build_model`.
 
     Raises:
         UserError: no such file; not a checkpoint; tensors missing or too many (up to five are named).
@@ -212,11 +196,18 @@ def load_checkpoint(path: str | Path, bare_config: Config | None = None) -> Load
     config = from_dict(Config, content["config"])
     text = content.get("tokenizer")
     held = _held(path, content)
-    model = build_model(config, tokenizer_from_json(text) if text else None, held)
+    frozen = content.get("frozen", {})
+    requantised = bits is not None and bits != config.language.bits
+    if requantised:
+        config = replace(config, language=replace(config.language, bits=bits))
+    model = build_model(config, tokenizer_from_json(text) if text else None, held - set(frozen), device)
+    own = identify(model)
     for part in held:
-        load_part(path, getattr(model, part), part, content["tensors"])
-    for part, known in content.get("frozen", {}).items():
-        if "fingerprint" in known and fingerprint(getattr(model, part)) != known["fingerprint"]:
+        load_part(path, model, part, content["tensors"])
+    for part, known in frozen.items():
+        if part == "language" and requantised:
+            continue
+        if "fingerprint" in known and own.get(part) != known["fingerprint"]:
             log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
     return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)))
 
@@ -232,25 +223,3 @@ def _held(path: Path, content: Mapping[str, Any]) -> set[str]:
     if missing := [part for part in PARTS if part not in held and part not in content.get("frozen", {})]:
         raise UserError(f"{path} lacks the weights of: {', '.join(missing)}", EXIT_NO_CHECKPOINT)
     return held
-
-
-def load_part(path: Path, module: nn.Module, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a part with its tensors, all of them and nothing else.
-
-    Raises:
-        UserError: names up to five missing, unexpected or misshapen tensors.
-    """
-    own = {name[len(part) + 1 :]: t for name, t in tensors.items() if name.startswith(part + ".")}
-    wanted = module.state_dict()
-    wrong = [f"{part}.{n} missing" for n in wanted if n not in own]
-    wrong += [f"{part}.{n} unexpected" for n in own if n not in wanted]
-    wrong += [
-        f"{part}.{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
-        for n, t in own.items()
-        if n in wanted and t.shape != wanted[n].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
-        )
-    module.load_state_dict(own)

@@ -94,6 +94,8 @@ class TrainConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
+    """weights sharded over the processes (FSDP2), for language models that do not fit one card"""
     seed: int = 0
     log_every: int = 10
     save_every: int = 0
@@ -153,6 +155,19 @@ class Config:
     def __post_init__(self) -> None:
         if self.vision.features not in MAPPER_FEATURES[self.mapper.type]:
             raise UserError(f"{PAIR_ADVICE[self.mapper.type]} (got {self.vision.features} features)")
+        frozen = set(self.train.freeze) & {"auto", "language"}
+        if self.language.lora.rank and "language" in frozen:
+            raise UserError("--lora_rank trains adapters on a frozen language model: leave 'language' out of --freeze")
+        if self.language.bits < 16 and not self.language.lora.rank and not frozen:
+            raise UserError(
+                f"weights of {self.language.bits} bits cannot be trained: --lora_rank 8 trains adapters on them, "
+                "--freeze auto leaves them as they are"
+            )
+        if self.train.fsdp:
+            clash = [("--lm_bits 8 or 4", self.language.bits < 16), ("--compile", self.train.compile)]
+            clash += [("--optimizer muon", self.train.optimizer == "muon")]
+            for name, given in clash:
+                check(not given, f"--fsdp cannot go with {name}; leave one of them out")
         # gradients pass through a frozen half-precision decoder; without the scaler fp16 loses them
         if self.language.dtype == "float16" and self.train.precision != "fp16":
             raise UserError("language.dtype float16 needs --precision fp16 (its scaler); or choose --lm_dtype bfloat16")

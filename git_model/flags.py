@@ -35,6 +35,11 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--prefix_length",): ("mapper.tokens", "image tokens made by mlp and transformer"),
     ("--prefix_attention",): ("language.prefix_attention", "bidirectional (GIT) or causal"),
     ("--lm_dtype",): ("language.dtype", "of a frozen decoder: float32, float16, bfloat16"),
+    ("--lm_bits",): ("language.bits", "of a frozen pretrained decoder: 16, 8 (LLM.int8()) or 4 (NF4)"),
+    ("--lora_rank",): ("language.lora.rank", "of adapters trained on the frozen language model; 0 = none"),
+    ("--lora_alpha",): ("language.lora.alpha", "an adapter's output is scaled by alpha / rank"),
+    ("--lora_dropout",): ("language.lora.dropout", "on the adapters' input"),
+    ("--lora_targets",): ("language.lora.targets", "layers, e.g. q_proj,v_proj or all-linear; default: the usual ones"),
     ("--data_dir",): (
         "data.dir",
         "folder with Train_GCC-training.tsv, train/, ... or of the recipe's sources",
@@ -62,6 +67,7 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--precision",): ("train.precision", "fp32, fp16 (V100) or bf16 (A100 and newer)"),
     ("--gradient_checkpointing",): ("train.gradient_checkpointing", "less memory, more time"),
     ("--compile",): ("train.compile", "torch.compile the model"),
+    ("--fsdp",): ("train.fsdp", "shard the weights over the processes (FSDP2): for models that do not fit one card"),
     ("--seed",): ("train.seed", "of weights, order and augmentation"),
     ("--log_every",): ("train.log_every", "steps between lines of metrics.jsonl"),
     ("--save_every",): ("train.save_every", "steps between saves; 0 = each epoch"),
@@ -79,6 +85,7 @@ BARE = {
     "--output_grid": "True",
     "--gradient_checkpointing": "True",
     "--compile": "True",
+    "--fsdp": "True",
     "--require_exact": "True",
     "--report_to_wandb": "True",
 }

@@ -49,23 +49,17 @@ def parameter_groups(model: GitModel, config: TrainConfig) -> list[dict[str, Any
     return groups
 
 
-def build_optimizer(model: GitModel, config: TrainConfig, engine: str) -> torch.optim.Optimizer:
+def build_optimizer(model: GitModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW, or Muon for the matrices with AdamW for the rest.
 
     Args:
-        model: not yet wrapped.
+        model: not yet wrapped; sharded already where it is to be.
         config: of the training.
-        engine: accelerate's distributed type.
-
-    Raises:
-        UserError: Muon where the engine cuts matrices into pieces.
     """
     groups = parameter_groups(model, config)
     betas = (0.9, config.beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas)
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(f"train.optimizer muon needs whole matrices, which {engine} does not keep; choose adamw")
     return Muon(groups, lr=config.lr, betas=betas)
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from git_model.checkpoint import FORMAT, LATEST, load_part, model_file, parts_of, read_content, saved_parts, sealed
+from git_model.checkpoint import FORMAT, LATEST, model_file, read_content, sealed
 from git_model.config import Config
 from git_model.errors import UserError
 from git_model.models.git import GitModel
 from git_model.saves import Saves, publish
 from git_model.schema import to_dict
+from git_model.weights import load_part, parts_of, saved_parts
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ MODEL, STATE = "model.pt", "state.pt"
 # what may differ when a run goes on; GPUs x batch x accumulation must stay the same ("samples a step")
 DATA_MAY_CHANGE = ("dir", "workers", "worker_timeout", "cache", "max_bad")
 TRAIN_MAY_CHANGE = (
-    *("output_dir", "epochs", "batch_size", "accumulation", "gradient_checkpointing", "compile", "log_every"),
+    *("output_dir", "epochs", "batch_size", "accumulation", "gradient_checkpointing", "compile", "fsdp", "log_every"),
     *("save_every", "validate_every", "validate_samples", "max_bad_steps", "resume", "report_to"),
     *("keep", "require_exact", "stop_before_end"),
 )
@@ -42,6 +44,7 @@ def save(
     state: Mapping[str, Any],
     metrics: Mapping[str, float],
     world: int = 1,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a save and publish its model as `model_latest.pt`.
 
@@ -52,9 +55,10 @@ def save(
         state: holds `step` and `epoch` and what `training` needs to go on.
         metrics: the last validation's.
         world: number of processes.
+        tensors: `held_tensors` of the model, where they were gathered before.
     """
     step = int(state["step"])
-    where = {"step": step, "epoch": int(state["epoch"]), "world": world}
+    where: dict[str, Any] = {"step": step, "epoch": int(state["epoch"]), "world": world, "tensors": tensors}
     files = {
         MODEL: model_file(model, config, metrics=metrics, **where),
         STATE: sealed({"format": FORMAT, "fingerprint": fingerprint(world), **state}),
@@ -123,7 +127,7 @@ def load(found: Path, content: Mapping[str, Any], model: GitModel, *, exact: boo
     if held != set(saved_parts(model)):
         raise UserError(f"{found} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
     for part in held:
-        load_part(found / MODEL, getattr(model, part), part, content["tensors"])
+        load_part(found / MODEL, model, part, content["tensors"])
     state = read_content(found / STATE)
     before, now = state["fingerprint"], fingerprint(world)
     if changed := [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,20 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from git_model import checkpoint, resume, training, validation
+from git_model import checkpoint, engine, resume, training, validation
 from git_model.batch import CaptionBatch
 from git_model.cluster import StopRequest, note_stop
 from git_model.config import Config
-from git_model.datasets.loader import GlobalSampler, train_batches, worker_error
+from git_model.datasets.loader import GlobalSampler, train_batches
 from git_model.datasets.sources import build_source
 from git_model.errors import Preempted, UserError
+from git_model.hardware import reset_peak_memory
 from git_model.models.build import build_model
 from git_model.optimizer import build_optimizer, learning_rate_factor
 from git_model.run_log import RunLog
 from git_model.saves import Saves
 from git_model.tokens import tokenizer_from_json, train_tokenizer
+from git_model.weights import held_tensors, identify, whole
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Run:
         self.config, options = config, config.train
         self.stop = stop or StopRequest()
         self.folder = Path(options.output_dir)
-        self.accelerator = training.build_accelerator(options)
+        self.accelerator = engine.build_accelerator(config)
 
         # data first: it is cheap, and most mistakes are there
         source = build_source(config.data.train, config.data.dir)
@@ -61,7 +62,8 @@ class Run:
             size = config.language.small.vocab_size
             tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
         with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
-            self.raw_model = build_model(config, tokenizer)
+            self.raw_model = build_model(config, tokenizer, device=self.accelerator.device)
+        identify(self.raw_model)
         if options.gradient_checkpointing:
             self.raw_model.checkpoint_activations()
         self.raw_model.train()
@@ -82,12 +84,6 @@ class Run:
         )
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
-        engine = self.accelerator.distributed_type.value
-        self.optimizer: Any = build_optimizer(self.raw_model, options, engine)
-        factor = learning_rate_factor(options, self.total_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.trained = [p for p in self.raw_model.parameters() if p.requires_grad]
-
         self.ledger = training.SampleLedger(config.data.max_bad)
         self.guard = training.StepGuard(options.max_bad_steps)
         self.log = RunLog(self.accelerator, config)
@@ -99,35 +95,31 @@ class Run:
         state = None
         if found and latest:
             state = resume.load(found, latest, self.raw_model, exact=options.require_exact, world=world)
+        self._prepare()
         if state:
             self._restore(state)
         else:
             self.log.trim(-1)
-        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.optimizer)
-        self.scaler = self.accelerator.scaler
-        if state and state["scaler"] and self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
         if options.compile:
             self.model.compile()
-        if self.accelerator.is_main_process:
-            log.info("%s", training.describe_parts(self.raw_model))
         hidden = not self.accelerator.is_main_process
+        if not hidden:
+            log.info("%s", training.describe_parts(self.raw_model))
+        reset_peak_memory(self.accelerator.device)
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
 
-    @contextmanager
-    def naming_failures(self) -> Iterator[None]:
-        """Tell of a dead data worker by the records it was at: torch raises it wherever the main process is.
-
-        Raises:
-            UserError: instead of torch's error; the last save is what the run goes on from.
-        """
-        try:
-            yield
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again, anywhere
-            if isinstance(error, UserError) or (told := worker_error(self.data, error)) is None:
-                raise
-            raise told from error
+    def _prepare(self) -> None:
+        """Hand model and optimiser to the engine; a sharded model's optimiser steps each process's share."""
+        options, device = self.config.train, self.accelerator.device
+        if options.fsdp:
+            engine.shard(self.raw_model, self.config, device, self.accelerator.num_processes)
+        self.optimizer: Any = build_optimizer(self.raw_model, options)
+        factor = learning_rate_factor(options, self.total_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.trained = [p for p in self.raw_model.parameters() if p.requires_grad]
+        self.optimizer = self.accelerator.prepare(self.optimizer)
+        self.model: Any = self.raw_model if options.fsdp else self.accelerator.prepare(self.raw_model)
+        self.scaler = self.accelerator.scaler
 
     def steps(self) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
@@ -161,7 +153,7 @@ class Run:
         """Take the step if loss and gradient are finite on every rank; return the gradient's norm."""
         if self.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        norm = whole(get_total_norm([p.grad for p in self.trained if p.grad is not None]))
         keys = [key for batch in micro for key in batch.keys]
         allowed = self.guard.allows(loss, float(norm), keys, scaled=self.scaler is not None)
         if allowed and self.config.train.clip:
@@ -189,20 +181,23 @@ class Run:
         self._reset_window()
 
     def validate(self) -> None:
-        """Score the validation set on the main process; keep the model when it is the best so far."""
-        started = time.monotonic()
-        if self.accelerator.is_main_process:
+        """Score the validation set on the main process (a sharded model: on all); keep the model that is the best."""
+        started, together = time.monotonic(), self.config.train.fsdp
+        better = False
+        if self.accelerator.is_main_process or together:
             try:
-                device, asked = self.accelerator.device, lambda: self.stop.asked
+                device, asked = self.accelerator.device, lambda: self.stop.asked and not together
                 self.scores = validation.validate(self.raw_model, self.val_data, self.config, device, asked)
             except validation.Stopped:
                 pass  # stop_if_asked, below, saves that this validation is owed
             else:
                 self.log.write(self.step, **self.scores)
-                self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.scores.items()))
-                if validation.overall(self.scores) > self.best:
-                    self.best = validation.overall(self.scores)
-                    self.save(checkpoint.BEST)
+                better = validation.overall(self.scores) > self.best
+                if self.accelerator.is_main_process:
+                    self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.scores.items()))
+        if engine.from_main(better) if together else better:
+            self.best = validation.overall(self.scores)
+            self.save(checkpoint.BEST)
         self.stop_if_asked()
         self.window_start += time.monotonic() - started  # validation is no training time
 
@@ -223,16 +218,18 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write one model file, on the main process."""
+        tensors = self._held()
         if self.accelerator.is_main_process:
-            where = {"step": self.step, "epoch": self.epoch, "world": self.accelerator.num_processes}
-            path = self.folder / name
-            checkpoint.save_checkpoint(path, self.raw_model, self.config, metrics=self.scores, **where)
+            world, told = self.accelerator.num_processes, {"metrics": self.scores, "tensors": tensors}
+            where = {"step": self.step, "epoch": self.epoch, "world": world}
+            checkpoint.save_checkpoint(self.folder / name, self.raw_model, self.config, **where, **told)
 
     def save_latest(self) -> None:
         """Write a save, model_latest.pt with it, on the main process."""
         from accelerate.utils import gather_object
 
         samples = training.merge_ledgers(gather_object([self.ledger.state()]))
+        tensors, optimizer = self._held(), engine.optimizer_state(self.optimizer)
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -245,13 +242,18 @@ class Run:
                 "window": [self.window_loss, self.window_tokens],
                 "records": len(self.data),
                 "ledger": samples,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             }
             world = self.accelerator.num_processes
-            resume.save(self.saves, self.raw_model, self.config, state, self.scores, world)
+            resume.save(self.saves, self.raw_model, self.config, state, self.scores, world, tensors)
         self.accelerator.wait_for_everyone()
+
+    def _held(self) -> dict[str, Any]:
+        """Return what a checkpoint holds; the shards of all processes come together."""
+        needed = self.accelerator.is_main_process or self.config.train.fsdp
+        return held_tensors(self.raw_model) if needed else {}
 
     def finish(self) -> dict[str, float]:
         """Write the report and the loss curve, leave the process group; return the last scores."""
@@ -260,22 +262,22 @@ class Run:
 
     def _newest_save(self) -> Path | None:
         """Return what to go on from: the main process looks, so that all agree."""
-        from accelerate.utils import broadcast_object_list
-
-        found: list[Any] = [None, None]
+        found: tuple[Path | None, UserError | None] = (None, None)
         if self.accelerator.is_main_process:
             try:
-                found[0] = resume.newest(self.saves)
+                found = (resume.newest(self.saves), None)
             except UserError as error:
-                found[1] = error
-        broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
+                found = (None, error)
+        save, error = engine.from_main(found)
+        if error is not None:
+            raise error
+        return save
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        engine.load_optimizer_state(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] and self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         if state["records"] != len(self.data):
             raise UserError(
                 f"the run in {self.folder} reads {state['records']} records, the data now holds {len(self.data)}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from git_model.config import Config
 from git_model.datasets.files import write_all
 from git_model.errors import UserError
+from git_model.hardware import peak_memory
 from git_model.schema import to_dict
 from git_model.training import merge_ledgers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -66,7 +71,9 @@ class RunLog:
 
         ranks = gather_object([samples])
         if self.accelerator.is_main_process:
-            report = {"samples": merge_ledgers(ranks), "skipped_steps": skipped_steps}
+            peak = peak_memory(self.accelerator.device)
+            log.info("peak memory %.1f MB (%s)", peak / 1e6, self.accelerator.device)
+            report = {"samples": merge_ledgers(ranks), "skipped_steps": skipped_steps, "peak_memory_bytes": peak}
             write_all([(self.folder / "run_report.json", [json.dumps(report, indent=2).encode() + b"\n"])])
             plot_loss(self.path, self.folder / "loss_curve.png")
         self.accelerator.wait_for_everyone()  # a process that leaves the group early may abort

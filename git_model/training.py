@@ -1,4 +1,4 @@
-"""What the loop needs and is not the loop: the engine, the data, the order of steps, accounting, guarding."""
+"""What the loop needs and is not the loop: the data, the order of steps, accounting, guarding."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from git_model.architecture import PARTS
 from git_model.batch import BadSample, CaptionBatch
-from git_model.config import Config, TrainConfig
+from git_model.config import Config
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import GlobalSampler, ImageTextDataset
@@ -23,41 +22,7 @@ from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 log = logging.getLogger(__name__)
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the engine: one path for CPU, one card, several cards.
-
-    Raises:
-        UserError: a precision this machine has no arithmetic for.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    cuda = torch.cuda.is_available()
-    if config.precision == "fp16" and not cuda:
-        raise UserError("--precision fp16 needs a GPU (its scaler has nothing to do on a CPU); choose fp32 or bf16")
-    # emulated bf16 would "work" on a V100, slowly and in fp32
-    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; choose --precision fp16")
-    # unused branches (an attention pool beside grid features) have no gradient
-    # the others wait while the main process validates: longer than NCCL's ten minutes
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(find_unused_parameters=True),
-        InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-    ]
-    return Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        cpu=not cuda,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        kwargs_handlers=handlers,
-        step_scheduler_with_optimizer=False,
-    )
 
 
 def training_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
@@ -79,10 +44,19 @@ def describe_parts(model: GitModel) -> str:
     words = []
     for part in PARTS:
         module: nn.Module = getattr(model, part)
-        count = sum(p.numel() for p in module.parameters())
-        words.append(f"{part} {'frozen' if part in model.frozen else 'trained'} {count:,}")
+        how = "frozen" if part in model.frozen else "trained"
+        if part == "language" and (added := model.language.adapters()):
+            how = f"frozen, with {sum(p.numel() for p in added.values()):,} trained in adapters,"
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        words.append(f"{part} {how} {parameter_count(module):,} ({size / 1e6:,.1f} MB)")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"parameters: {', '.join(words)}; {trained:,} trained; {model.num_image_tokens} tokens an image"
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of parameters; 4-bit ones are stored two a byte."""
+    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in module.parameters())
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def steps_of(batches: Iterable[CaptionBatch], accumulation: int) -> Iterator[list[CaptionBatch]]:

@@ -84,7 +84,7 @@ def overall(found: dict[str, float]) -> float:
     return -found["val_loss"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_loss(model: GitModel, batches: Iterable[CaptionBatch], device: Any) -> float:
     """Return the loss per target token over batches with targets."""
     total, count = 0.0, 0

@@ -21,10 +21,10 @@ import torch
 from test_train import config_of, losses, same_tensors
 
 import train
-from git_model import resume, training
+from git_model import engine, resume
 from git_model.checkpoint import read_content
 from git_model.cluster import StopRequest, adopt_slurm, first_host, rank_and_world
-from git_model.config import TrainConfig
+from git_model.config import Config
 from git_model.datasets.loader import GlobalSampler
 from git_model.errors import EXIT_BUG, EXIT_PREEMPTED, Preempted, UserError
 from git_model.lock import folder_lock
@@ -251,14 +251,14 @@ def test_a_forgetful_save_is_found(
 
 def test_the_scaler_comes_back(tiny_tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU here: a scaler of the same class on the CPU, through the run's own save and restore."""
-    real, scale = training.build_accelerator, 4096.0
+    real, scale = engine.build_accelerator, 4096.0
 
-    def with_scaler(options: TrainConfig) -> Any:
-        accelerator = real(options)
+    def with_scaler(config: Config) -> Any:
+        accelerator = real(config)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return accelerator
 
-    monkeypatch.setattr(training, "build_accelerator", with_scaler)
+    monkeypatch.setattr(engine, "build_accelerator", with_scaler)
     config = config_of(tiny_tsv, tmp_path)
     Run(config).save_latest()
     scale = 2.0

@@ -12,7 +12,7 @@ from torch import nn
 
 from git_model.errors import UserError
 from git_model.muon import Muon, orthogonal
-from git_model.optimizer import build_optimizer, parameter_groups
+from git_model.optimizer import parameter_groups
 
 
 def matrices(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -96,8 +96,8 @@ def test_tables_and_vectors_are_adamws() -> None:
     assert not any(g["muon"] for g in parameter_groups(model, config().train))
 
 
-def test_engines_that_cut_matrices_are_refused() -> None:
-    with pytest.raises(UserError, match="needs whole matrices, which FSDP does not keep"):
-        build_optimizer(git_model(), config(train={"optimizer": "muon"}).train, "FSDP")
+def test_a_sharded_model_has_no_whole_matrices() -> None:
+    with pytest.raises(UserError, match="--fsdp cannot go with --optimizer muon"):
+        config(train={"optimizer": "muon", "fsdp": True})
     with pytest.raises(UserError, match=r"train.optimizer is 'muno'.*did you mean 'muon'|muno.*muon"):
         config(train={"optimizer": "muno"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,22 @@ def worker_error(dataset: ImageTextDataset, error: Exception) -> UserError | Non
     what = "gave nothing for data.worker_timeout seconds" if hung else "died (killed, or out of memory)"
     hint = "; more shared memory (/dev/shm) or fewer --workers may help" if "shm" in said or "bus error" in said else ""
     return UserError(f"a data worker {what}; the workers were reading: {reading}{hint}", EXIT_BUG)
+
+
+@contextmanager
+def naming_failures(dataset: ImageTextDataset) -> Iterator[None]:
+    """Tell of a dead data worker by the records it was at: torch raises it wherever the main process is.
+
+    Raises:
+        UserError: instead of torch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again, anywhere
+        if isinstance(error, UserError) or (told := worker_error(dataset, error)) is None:
+            raise
+        raise told from error
 
 
 def eval_batches(

@@ -20,13 +20,16 @@ from git_model.models.vision import build_vision, vision_facts
 from git_model.tokens import TextCodec, load_tokenizer
 
 
-def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = ()) -> GitModel:
+def build_model(
+    config: Config, tokenizer: Any = None, held: Collection[str] = (), device: torch.device | str = "cpu"
+) -> GitModel:
     """Build the three parts and freeze what the config freezes.
 
     Args:
         config: the whole run; its `vision`, `mapper`, `language` and `train.freeze` are read.
         tokenizer: for a small language model, the one trained on the data; None loads it by the LM's name.
         held: parts whose weights a checkpoint brings: only their architecture is built.
+        device: where the model is going; quantised weights are made there, the rest on the CPU.
 
     Raises:
         UserError: something that cannot be found or does not fit together.
@@ -42,11 +45,16 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
     torch.manual_seed(config.train.seed)
     vision = build_vision(config.vision, "vision" not in held)
     frozen, dtype = frozen_parts(config), config.language.dtype
+    adapted = bool(config.language.lora.rank)
     if dtype == "auto":
-        dtype = DTYPES[config.train.precision] if "language" in frozen else "float32"
-    hf_model = build_decoder(replace(config.language, dtype=dtype), tokenizer, "language" not in held)
+        dtype = DTYPES[config.train.precision] if "language" in frozen or adapted else "float32"
+    hf_model = build_decoder(replace(config.language, dtype=dtype), tokenizer, "language" not in held, device)
     language = LanguageModel(
-        hf_model, config.language.name, config.language.prefix_attention, config.train.label_smoothing
+        hf_model,
+        config.language.name,
+        config.language.prefix_attention,
+        config.train.label_smoothing,
+        compute=getattr(torch, dtype) if config.language.bits < 16 else None,
     )
     torch.manual_seed(config.train.seed + 1)
     mapper = build_mapper(config.mapper, vision.dim, language.dim, vision.num_tokens)
@@ -62,17 +70,20 @@ def build_model(config: Config, tokenizer: Any = None, held: Collection[str] = (
         codec.max_prompt = min(codec.max_prompt, room)
     model.freeze(frozen)
     for part in ("vision", "mapper", "language"):  # a trained part is float32 whatever its file says
-        if part not in model.frozen:
+        if part not in model.frozen and not (part == "language" and adapted):
             getattr(model, part).float()
     return model
 
 
 def frozen_parts(config: Config) -> tuple[str, ...]:
-    """Return the parts `train.freeze` names: 'auto' is the language model when it is pretrained."""
+    """Return the parts `train.freeze` names: 'auto' is the language model when it is pretrained.
+
+    One with adapters is no frozen part: they are trained, and only they are.
+    """
     names = set(config.train.freeze)
     if "auto" in names:
         names.discard("auto")
-        if config.language.name != "small":
+        if config.language.name != "small" and not config.language.lora.rank:
             names.add("language")
     names.discard("nothing")
     return tuple(part for part in ("vision", "mapper", "language") if part in names)

@@ -9,13 +9,22 @@ import torch
 from git_model.architecture import LanguageConfig
 from git_model.errors import UserError
 from git_model.models.hub import check_name
+from git_model.models.lora import add_adapters
 
 
-def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = True) -> Any:
-    """Return the Hugging Face causal LM of `config`.
+def build_decoder(
+    config: LanguageConfig, tokenizer: Any, load_weights: bool = True, device: torch.device | str = "cpu"
+) -> Any:
+    """Return the Hugging Face causal LM of `config`, on the CPU; a quantised one on `device`.
+
+    Args:
+        config: which, of how many bits, with which adapters.
+        tokenizer: of a small one; its vocabulary decides the sizes.
+        load_weights: False builds the architecture alone.
+        device: where quantised weights are made: they had better not be moved.
 
     Raises:
-        UserError: no such model, or one that is no causal LM.
+        UserError: no such model, or one that is no causal LM; adapters for layers that it lacks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,10 +35,20 @@ def build_decoder(config: LanguageConfig, tokenizer: Any, load_weights: bool = T
     try:
         if not load_weights:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+        if config.bits < 16:
+            from git_model.models.quantised import load_quantised
+
+            model = load_quantised(config, dtype, torch.device(device))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the language model '{config.name}': {reason}") from error
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    return model
 
 
 def decoder_width(config: LanguageConfig) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from git_model.batch import CaptionBatch
+from git_model.batch import IGNORE_INDEX, CaptionBatch
 from git_model.models.language import Decoding, LanguageModel
 from git_model.tokens import TextCodec
 
@@ -32,6 +32,7 @@ class GitModel(nn.Module):
         self.language = language
         self.codec = codec
         self.frozen: tuple[str, ...] = ()
+        self.fingerprints: dict[str, str] = {}  # of parts a checkpoint names but does not hold; see checkpoint.py
         self.checkpointing = False  # of a frozen decoder
 
     @property
@@ -84,13 +85,37 @@ class GitModel(nn.Module):
         return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
 
     def forward(self, batch: CaptionBatch) -> Tensor:
-        """Return the mean loss over the batch's target tokens (an empty one: 0, every parameter in the graph)."""
-        if len(batch.input_ids) == 0:
-            return sum((p.sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
-        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
-        return self.language.loss(embeds, batch)
+        """Return the mean loss over the batch's target tokens.
 
-    @torch.inference_mode()
+        An empty batch gives 0, through every part all the same: other processes wait for this one's share of the work.
+        """
+        empty = len(batch.input_ids) == 0
+        if empty:
+            batch = self._blank(batch.input_ids.device)
+        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        loss = self.language.loss(embeds, batch)
+        return loss * 0.0 if empty else loss
+
+    def _blank(self, device: torch.device) -> CaptionBatch:
+        """Return a batch of a black picture and the end of text."""
+        size, side = self.num_image_tokens, self.vision.resolution
+        image = torch.arange(size + 1, device=device)[None] < size  # (1,T)
+        ids = torch.full((1, size + 1), self.codec.pad_id, device=device).masked_fill(
+            ~image, self.codec.eos_id
+        )  # (1,T)
+        return CaptionBatch(
+            images=torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device),
+            image_index=torch.zeros(1, dtype=torch.long, device=device),
+            input_ids=ids,
+            image_mask=image,
+            attention_mask=torch.ones_like(image),
+            segments=(~image).long(),
+            positions=torch.arange(size + 1, device=device)[None],
+            labels=ids.masked_fill(image, IGNORE_INDEX),
+            sources=torch.arange(size + 1, device=device)[None] - 1,
+        )
+
+    @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
     def generate(self, batch: CaptionBatch, decoding: Decoding | None = None) -> list[str]:
         """Return one text per row of a left-padded batch (`Collator(generate=True)`)."""
         if len(batch.input_ids) == 0:

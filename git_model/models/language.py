@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from git_model.batch import IGNORE_INDEX, CaptionBatch
 from git_model.errors import UserError
 from git_model.models.answers import AnswerTrie
+from git_model.models.lora import adapters, merge_adapters
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,17 @@ class LanguageModel(nn.Module):
         prefix_attention: 'bidirectional' lets image tokens see each other (GIT's mask), 'causal' leaves the
             decoder's own mask.
         label_smoothing: of the loss.
+        compute: of a quantised model, the type of its products; None for others. What is not quantised is float32.
     """
 
-    def __init__(self, model: Any, name: str, prefix_attention: str = "causal", label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        prefix_attention: str = "causal",
+        label_smoothing: float = 0.0,
+        compute: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.name = name
@@ -98,6 +107,7 @@ class LanguageModel(nn.Module):
         self.label_smoothing = label_smoothing
         model.generation_config = GenerationConfig()  # a hub's own penalties would leak into what we call greedy
         config = model.config
+        self.compute = compute
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         learned = config.model_type in ("gpt2", "opt", "gpt_neo", "gpt_bigcode")  # the others rotate: no table
@@ -107,6 +117,14 @@ class LanguageModel(nn.Module):
     def body(self) -> Any:
         """The decoder without its vocabulary projection; what `generate` calls too (OPT's is two floors down)."""
         return self.model.get_decoder()
+
+    def adapters(self) -> dict[str, Tensor]:
+        """Return the parameters of LoRA's adapters by name; none where the model has none."""
+        return {f"model.{name}": p for name, p in adapters(self.model).items()}
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights and take them out; the weights had better not be quantised."""
+        merge_adapters(self.model)
 
     def embed(self, batch: CaptionBatch, image_tokens: Tensor) -> Tensor:
         """Return the input embeddings with the image tokens in their slots.
@@ -150,7 +168,11 @@ class LanguageModel(nn.Module):
         The scalings are those of Hugging Face's own heads: Gemma 2 (soft cap), Cohere (scale), Granite (divisor).
         """
         head = self.model.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled() else hidden)
+        if self.compute is not None:  # sums over the width of a big model: float32, whatever surrounds it
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = head(hidden.float())
+        else:
+            logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled() else hidden)
         config = self.model.config
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
@@ -160,7 +182,7 @@ class LanguageModel(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
         """Continue left-padded rows.
 
@@ -183,7 +205,8 @@ class LanguageModel(nn.Module):
         settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id)
         if decoding.sample:
             torch.manual_seed(decoding.seed)
-        with self._prefill_mask(batch):
+        half = self.compute in (torch.float16, torch.bfloat16)
+        with self._prefill_mask(batch), torch.autocast(embeds.device.type, self.compute, enabled=half):
             return self.model.generate(
                 inputs_embeds=embeds, attention_mask=batch.attention_mask.long(), **settings
             )  # (R,new)

@@ -171,7 +171,7 @@ def open_captioner(
     if not is_published(model_path):
         if prompt_format != "{prompt}":
             raise UserError("prompt_format is for Hugging Face models; our checkpoints take the question as it is")
-        return GitCaptioner(open_checkpoint(model_path, architecture), where)
+        return GitCaptioner(open_checkpoint(model_path, architecture, where), where)
     if given := [key for key, value in architecture.items() if value is not None]:
         raise UserError(f"{', '.join(given)}: not for a Hugging Face model, '{model_path}' says what it is")
     from git_model.models.published import PublishedModel
@@ -207,12 +207,13 @@ def fingerprint(paths: Sequence[str | Path | None]) -> str:
     return digest.hexdigest()
 
 
-def open_checkpoint(model_path: str, architecture: dict[str, Any]) -> Loaded:
+def open_checkpoint(model_path: str, architecture: dict[str, Any], device: str = "cpu") -> Loaded:
     """Load a checkpoint and hold the caller's architecture keys against what it carries.
 
     Args:
         model_path: a checkpoint, or a bare state dict.
         architecture: the original's five keys; None where not given.
+        device: where it is going: quantised weights are made there.
 
     Raises:
         UserError: no such file, no checkpoint, or a key that disagrees with it (names both values).
@@ -220,7 +221,7 @@ def open_checkpoint(model_path: str, architecture: dict[str, Any]) -> Loaded:
     from git_model.checkpoint import load_checkpoint
 
     given = {key: value for key, value in architecture.items() if value is not None}
-    loaded = load_checkpoint(model_path, _bare_config(given))
+    loaded = load_checkpoint(model_path, _bare_config(given), device=device)
     carried = _architecture_of(loaded.config)
     carried["input_resolution"] = loaded.model.vision.resolution
     for key, value in given.items():

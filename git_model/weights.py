@@ -1,0 +1,103 @@
+"""Which weights are whose: what a checkpoint holds of a model, what is fetched again by name, and how to tell it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from git_model.architecture import PARTS
+from git_model.errors import EXIT_NO_CHECKPOINT, UserError
+from git_model.models.git import GitModel
+from git_model.models.language import LanguageModel
+
+
+def saved_parts(model: GitModel) -> tuple[str, ...]:
+    """Return the parts a checkpoint holds: all but frozen ones that can be fetched again by name."""
+    again = {"vision": bool(model.vision.pretrained), "mapper": False, "language": model.language.name != "small"}
+    return tuple(part for part in PARTS if not (part in model.frozen and again[part]))
+
+
+def parts_of(tensors: Iterable[str]) -> set[str]:
+    """Return the parts that tensor names such as `mapper.net.0.weight` belong to."""
+    return {name.split(".")[0] for name in tensors}
+
+
+def fetched_parts(model: GitModel) -> tuple[str, ...]:
+    """Return the parts that are fetched again by name: frozen ones, and a language model under adapters."""
+    kept = saved_parts(model)
+    return tuple(part for part in PARTS if part not in kept or (part == "language" and model.language.adapters()))
+
+
+def identify(model: GitModel) -> dict[str, str]:
+    """Note the fingerprints of what is fetched again, before a forward pass or an engine changes its form."""
+    model.fingerprints = {part: fingerprint(getattr(model, part)) for part in fetched_parts(model)}
+    return model.fingerprints
+
+
+def part_tensors(model: GitModel, part: str) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a part: all of it, or the adapters on a language model alone."""
+    if part == "language" and (adapters := model.language.adapters()):
+        return adapters
+    return getattr(model, part).state_dict()
+
+
+def held_tensors(model: GitModel) -> dict[str, Tensor]:
+    """Return all that a checkpoint holds, on the CPU, by `part.name`; of a sharded model every process has to ask."""
+    held: dict[str, Tensor] = {}
+    for part in saved_parts(model):
+        held |= {f"{part}.{name}": whole(t.detach()).cpu() for name, t in part_tensors(model, part).items()}
+    return held
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is without sharding; every process has to ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def base_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """Return what tells a frozen part from others: its weights without adapters, and without quantised ones.
+
+    The bytes of quantised weights depend on the machine, and asking bitsandbytes for them may change them.
+    """
+    if isinstance(part, LanguageModel) and (part.compute is not None or part.adapters()):
+        plain = {n.replace(".base_layer", ""): p for n, p in part.named_parameters() if ".lora_" not in n}
+        return {name: p for name, p in plain.items() if part.compute is None or type(p) is nn.Parameter}
+    return part.state_dict()
+
+
+def fingerprint(part: nn.Module) -> str:
+    """Return a hash of a part's names, shapes, types and up to 4,096 evenly spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_tensors(part).items()):
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_part(path: Path, model: GitModel, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a part with its tensors, all of them and nothing else (of adapted language models: the adapters).
+
+    Raises:
+        UserError: names up to five missing, unexpected or misshapen tensors.
+    """
+    own = {name[len(part) + 1 :]: t for name, t in tensors.items() if name.startswith(part + ".")}
+    wanted = part_tensors(model, part)
+    wrong = [f"{part}.{n} missing" for n in wanted if n not in own]
+    wrong += [f"{part}.{n} unexpected" for n in own if n not in wanted]
+    wrong += [
+        f"{part}.{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
+        for n, t in own.items()
+        if n in wanted and t.shape != wanted[n].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
+        )
+    getattr(model, part).load_state_dict(own, strict=False)  # checked above
