@@ -20,7 +20,8 @@ from git_model.tokens import train_tokenizer
 
 TEXT = {"context_length": 8, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1}
 EYE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16}
-LLAMA_TYPE = {"name": "small", "small": {"architecture": "llama", "width": 32, "depth": 2, "heads": 4}}
+LLAMA = {"architecture": "llama", "width": 32, "depth": 2, "heads": 4}
+GRID = {"features": "grid", "resolution": 64}
 PROMPTS = ("", "what color is it?", "is it red")
 
 
@@ -76,7 +77,8 @@ def sentencepiece(modern: bool) -> Any:
 
 
 def decoder_folder(folder: Path, kind: str, modern: bool = False, **sizes: Any) -> str:
-    """Write a Hugging Face decoder with the tokenizer of its kind."""
+    """Write a Hugging Face decoder with the tokenizer of its kind into a folder of its own."""
+    folder = folder / f"{kind}{'-modern' if modern else ''}{''.join(f'-{v}' for v in sizes.values())}"
     torch.manual_seed(3)
     tokenizer = bpe() if kind in ("gpt2", "opt") else sentencepiece(modern)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
@@ -96,9 +98,9 @@ def decoder_folder(folder: Path, kind: str, modern: bool = False, **sizes: Any) 
     }
     model: Any = classes[kind]()
     shake(model, 0.2)
-    model.save_pretrained(folder / kind)
-    tokenizer.save_pretrained(folder / kind)
-    return str(folder / kind)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def bpe() -> Any:
@@ -129,16 +131,100 @@ def checkpoint(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def jpeg(path: Path, seed: int, width: int, height: int) -> Path:
-    """Write a JPEG of soft noise."""
-    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(path, "JPEG", quality=92)
-    return path
-
-
-def jpeg_bytes(seed: int, width: int, height: int) -> bytes:
-    """Return the bytes of such a JPEG."""
+def jpeg(seed: int, width: int, height: int) -> bytes:
+    """Return a JPEG of soft noise."""
     file = io.BytesIO()
     noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(file, "JPEG", quality=92)
     return file.getvalue()
+
+
+def llava_case(folder: Path, case: str) -> dict[str, Any]:
+    """Return the sections of a config that LLaVA can hold; its parts are written into `folder`."""
+    cases = {
+        "openai clip, linear, small llama": lambda: {
+            "vision": {"name": openai_file(folder), "features": "grid", "layers": [-2], "resolution": 96},
+            "mapper": {"type": "linear"},
+            "language": {"name": "small", "small": LLAMA},
+        },
+        "openai clip, linear as a pair of GELUs, small llama": lambda: {
+            "vision": {"name": openai_file(folder), **GRID, "layers": [-1]},
+            "mapper": {"type": "linear"},
+            "language": {"name": "small", "small": {**LLAMA, "width": 136}},
+            "data": {"resize": "squash"},
+        },
+        "clip of several layers, mlp2x_gelu, llama": lambda: {
+            "vision": {"name": encoder_folder(folder, "clip"), **GRID, "resolution": 96, "layers": [3, 1]},
+            "mapper": {"type": "mlp2x_gelu"},
+            "language": {"name": decoder_folder(folder, "llama")},
+        },
+        "siglip, mlp2x_gelu, llama of the newer tokenizer": lambda: {
+            "vision": {"name": encoder_folder(folder, "siglip"), "features": "grid", "layers": [-2], "resolution": 96},
+            "mapper": {"type": "mlp2x_gelu"},
+            "language": {"name": decoder_folder(folder, "llama", modern=True, tie_word_embeddings=True)},
+        },
+        "siglip, linear, mistral": lambda: {
+            "vision": {"name": encoder_folder(folder, "siglip"), **GRID, "layers": [-1]},
+            "mapper": {"type": "linear"},
+            "language": {"name": decoder_folder(folder, "mistral")},
+        },
+        "clip, mlp2x_gelu, qwen2 with spare rows": lambda: {
+            "vision": {"name": encoder_folder(folder, "clip"), **GRID, "layers": [-2]},
+            "mapper": {"type": "mlp2x_gelu"},
+            "language": {"name": decoder_folder(folder, "qwen2", vocab_size=320, tie_word_embeddings=True)},
+        },
+        "clip, linear, qwen3": lambda: {
+            "vision": {"name": encoder_folder(folder, "clip"), **GRID, "layers": [-1]},
+            "mapper": {"type": "linear"},
+            "language": {"name": decoder_folder(folder, "qwen3")},
+        },
+    }
+    return cases[case]()
+
+
+LLAVAS = (
+    "openai clip, linear, small llama",
+    "openai clip, linear as a pair of GELUs, small llama",
+    "clip of several layers, mlp2x_gelu, llama",
+    "siglip, mlp2x_gelu, llama of the newer tokenizer",
+    "siglip, linear, mistral",
+    "clip, mlp2x_gelu, qwen2 with spare rows",
+    "clip, linear, qwen3",
+)
+
+
+def native_case(folder: Path, case: str) -> dict[str, Any]:
+    """Return the sections of a config that no LLaVA can hold, by the part that stands in the way."""
+    cases = {
+        "resnet, mlp, gpt2": lambda: {
+            "vision": {"name": openai_file(folder, "rn"), "features": "pooled", "resolution": 64},
+            "mapper": {"type": "mlp", "tokens": 3},
+            "language": {"name": decoder_folder(folder, "gpt2")},
+        },
+        "openai clip, transformer, opt": lambda: {
+            "vision": {"name": openai_file(folder), **GRID, "layers": [-2]},
+            "mapper": {"type": "transformer", "tokens": 4, "heads": 2, "depth": 1},
+            "language": {"name": decoder_folder(folder, "opt")},
+        },
+        "pooled clip, linearLn, llama": lambda: {
+            "vision": {"name": encoder_folder(folder, "clip"), "features": "pooled"},
+            "mapper": {"type": "linearLn"},
+            "language": {"name": decoder_folder(folder, "llama")},
+        },
+        "vit, grid, small gpt2, bidirectional": lambda: {
+            "vision": {"name": encoder_folder(folder, "vit"), **GRID, "resolution": 96},
+            "mapper": {"type": "grid"},
+            "language": {"name": "small", "prefix_attention": "bidirectional"},
+        },
+        "small encoder, small llama": lambda: {"language": {"name": "small", "small": LLAMA}},
+    }
+    return cases[case]()
+
+
+NATIVES = (
+    "resnet, mlp, gpt2",
+    "openai clip, transformer, opt",
+    "pooled clip, linearLn, llama",
+    "vit, grid, small gpt2, bidirectional",
+    "small encoder, small llama",
+)
