@@ -18,10 +18,23 @@ from git_model.models.build import build_model
 from git_model.models.openai_clip import _network
 from git_model.tokens import train_tokenizer
 
-TEXT = {"context_length": 8, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1}
-EYE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16}
-LLAMA = {"architecture": "llama", "width": 32, "depth": 2, "heads": 4}
-GRID = {"features": "grid", "resolution": 64}
+TEXT: dict[str, Any] = {
+    "context_length": 8,
+    "vocab_size": 50,
+    "transformer_width": 64,
+    "transformer_heads": 1,
+    "transformer_layers": 1,
+}
+EYE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 16,
+}
+LLAMA: dict[str, Any] = {"architecture": "llama", "width": 32, "depth": 2, "heads": 4}
+LONG = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+GRID: dict[str, Any] = {"features": "grid", "resolution": 64}
 PROMPTS = ("", "what color is it?", "is it red")
 
 
@@ -40,7 +53,7 @@ def openai_file(folder: Path, kind: str = "vit") -> str:
 def encoder_folder(folder: Path, kind: str) -> str:
     """Write a Hugging Face encoder."""
     torch.manual_seed(2)
-    classes = {
+    classes: dict[str, Any] = {
         "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**EYE, image_size=64)),
         "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**EYE, image_size=64)),
         "vit": lambda: hf.ViTModel(hf.ViTConfig(**EYE, image_size=64), add_pooling_layer=False),
@@ -78,13 +91,23 @@ def sentencepiece(modern: bool) -> Any:
 
 def decoder_folder(folder: Path, kind: str, modern: bool = False, **sizes: Any) -> str:
     """Write a Hugging Face decoder with the tokenizer of its kind into a folder of its own."""
-    folder = folder / f"{kind}{'-modern' if modern else ''}{''.join(f'-{v}' for v in sizes.values())}"
+    folder = folder / f"{kind}{'-modern' if modern else ''}{''.join(f'-{name}' for name in sizes)}"
     torch.manual_seed(3)
     tokenizer = bpe() if kind in ("gpt2", "opt") else sentencepiece(modern)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer), **ids}
-    wide = {**body, "intermediate_size": 64, "num_key_value_heads": 2, **sizes}
-    classes = {
+    ids: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    body: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": len(tokenizer),
+        **ids,
+    }
+    wide: dict[str, Any] = {**body, "intermediate_size": 64, "num_key_value_heads": 2, **sizes}
+    classes: dict[str, Any] = {
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**wide)),
         "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**wide)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**wide)),
@@ -141,7 +164,7 @@ def jpeg(seed: int, width: int, height: int) -> bytes:
 
 def llava_case(folder: Path, case: str) -> dict[str, Any]:
     """Return the sections of a config that LLaVA can hold; its parts are written into `folder`."""
-    cases = {
+    cases: dict[str, Any] = {
         "openai clip, linear, small llama": lambda: {
             "vision": {"name": openai_file(folder), "features": "grid", "layers": [-2], "resolution": 96},
             "mapper": {"type": "linear"},
@@ -166,7 +189,7 @@ def llava_case(folder: Path, case: str) -> dict[str, Any]:
         "siglip, linear, mistral": lambda: {
             "vision": {"name": encoder_folder(folder, "siglip"), **GRID, "layers": [-1]},
             "mapper": {"type": "linear"},
-            "language": {"name": decoder_folder(folder, "mistral")},
+            "language": {"name": decoder_folder(folder, "mistral", rope_parameters=LONG)},
         },
         "clip, mlp2x_gelu, qwen2 with spare rows": lambda: {
             "vision": {"name": encoder_folder(folder, "clip"), **GRID, "layers": [-2]},
@@ -195,7 +218,7 @@ LLAVAS = (
 
 def native_case(folder: Path, case: str) -> dict[str, Any]:
     """Return the sections of a config that no LLaVA can hold, by the part that stands in the way."""
-    cases = {
+    cases: dict[str, Any] = {
         "resnet, mlp, gpt2": lambda: {
             "vision": {"name": openai_file(folder, "rn"), "features": "pooled", "resolution": 64},
             "mapper": {"type": "mlp", "tokens": 3},

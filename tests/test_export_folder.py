@@ -31,7 +31,7 @@ from git_model.datasets.collate import Loaded as Item
 from git_model.datasets.images import Transform
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.llava import _with_row
-from git_model.models.processing import image_tokenizer
+from git_model.models.processing import image_tokenizer, tokenizer_refusal
 from git_model.tasks import export_model
 from git_model.tasks.registry import run
 from git_model.tokens import TextCodec
@@ -79,6 +79,12 @@ def test_ids_after_the_image_are_those_of_training(kind: str) -> None:
     slots = lay([Item("k", (torch.zeros(3, 1, 1),) * 2, (Target(prompt="is [IMG] what[IMG]red", question_id=0),))])
     theirs = tokenizer("is" + "<image>" * 4 + "what" + "<image>" * 4 + "red")["input_ids"]
     assert theirs == slots.input_ids[0].masked_fill(slots.image_mask[0], image_id).tolist()
+
+
+def test_a_tokenizer_that_reads_prompts_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer = sentencepiece(False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["cat"]})  # to us a word, to everyone else a token
+    assert tokenizer_refusal(TextCodec(tokenizer, 320)).startswith("its tokenizer gives the prompt 'Is it a cat' other")
 
 
 def test_a_conversation_of_one_message_is_the_prompt(exported: dict[str, Path]) -> None:
@@ -160,6 +166,7 @@ def test_the_files_are_those_that_engines_read(exported: dict[str, Path]) -> Non
     config = json.loads((exported["bos"] / "config.json").read_text())
     assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
     assert config["vision_config"]["image_size"] == 96
+    assert str(exported["bos"].parent.parent) not in json.dumps(config), "no place on the machine that trained it"
     generation = json.loads((exported["bos"] / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["bos_token_id"], generation["pad_token_id"]) == (2, 1, 2)
     assert json.loads((exported["bos"] / "tokenizer_config.json").read_text())["padding_side"] == "left"

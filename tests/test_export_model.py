@@ -78,7 +78,8 @@ def test_llava_says_what_the_checkpoint_says(case: str, tmp_path: Path) -> None:
     out, told = export(tmp_path, path)
     assert (told["format"], "why_not_llava" in told) == ("llava", False)
     loaded = load_checkpoint(path)
-    theirs, processor = AutoModelForImageTextToText.from_pretrained(out).eval(), AutoProcessor.from_pretrained(out)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(out).eval()
+    processor: Any = AutoProcessor.from_pretrained(out)
     assert type(theirs).__name__ == "LlavaForConditionalGeneration"
     files = [jpeg(i, *SIZES[i]) for i in range(3)]
     batch = rows(loaded, files, list(PROMPTS))
@@ -136,7 +137,8 @@ def test_native_needs_nothing_but_its_folder(case: str, tmp_path: Path) -> None:
     assert tied == (head.config.tie_word_embeddings is True)
     assert own_texts(out, picture) == expected
 
-    model, tokenizer = AutoModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModel.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
     assert type(model) is hf.GitModelForCaptioning
     assert AutoConfig.from_pretrained(out).run["mapper"]["type"] == loaded.config.mapper.type
     image = Image.open(picture).convert("RGB")

@@ -64,7 +64,7 @@ class GitModelForCaptioning(PreTrainedModel):
         """
         if asked := [name for name in NOT_HERE if options.get(name)]:
             raise UserError(f"{', '.join(asked)}: not for a native folder; load it, then move or change the model")
-        model, _, _ = read_native(Path(folder))
+        model = read_native(Path(folder))[0]
         config = options.get("config") or GitModelConfig.from_pretrained(folder)
         whole = cls(config, model)
         dtype = options.get("dtype", options.get("torch_dtype"))

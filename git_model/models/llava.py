@@ -7,7 +7,7 @@ them, and a decoder of the LLaMA family under a causal mask. Whatever is not exa
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from git_model.config import Config
 from git_model.errors import UserError
 from git_model.models.git import GitModel
 from git_model.models.openai_clip import OpenAITower
+from git_model.models.processing import tokenizer_refusal
 from git_model.models.small_vision import first, resize_positions
 from git_model.models.vision import HFTower, VisionEncoder
 
@@ -58,7 +59,7 @@ def model_refusal(model: GitModel) -> str:
         return f"its language model is a {family}, and the engines that serve LLaVA hold: {', '.join(DECODERS)}"
     if getattr(decoder.get_output_embeddings(), "bias", None) is not None:
         return "its vocabulary projection has a bias, and LLaVA's has none"
-    return ""
+    return tokenizer_refusal(model.codec)
 
 
 def vision_part(vision: VisionEncoder) -> tuple[Any, dict[str, Tensor]]:
@@ -130,7 +131,8 @@ def _renamed(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def feature_layers(vision: VisionEncoder, depth: int) -> int | list[int]:
     """Return the layers LLaVA reads, counted from the end (-1: the last block's output); their order is the join's."""
-    layers = [layer - depth - 1 for layer in vision.tower.layers]
+    tower: Any = vision.tower
+    layers = [int(layer) - depth - 1 for layer in tower.layers]
     return layers[0] if len(layers) == 1 else layers
 
 
@@ -221,7 +223,7 @@ def llava_parts(model: GitModel, image_id: int, dtype: torch.dtype) -> tuple[Any
         architectures=["LlavaForConditionalGeneration"],
         dtype=str(dtype).removeprefix("torch."),
     )
-    for inner in (config, config.text_config, config.vision_config):
+    for inner in (text, vision):
         inner.dtype = str(dtype).removeprefix("torch.")
     places = {"vision_tower.vision_model": vision_weights, "multi_modal_projector": projector}
     places["language_model"] = text_weights
@@ -233,6 +235,6 @@ def llava_parts(model: GitModel, image_id: int, dtype: torch.dtype) -> tuple[Any
     return config, weights
 
 
-def select_strategy(vision_config: Any) -> str:
+def select_strategy(vision_config: Any) -> Literal["default", "full"]:
     """Return LLaVA's word for which tokens it takes: CLIP's without its class token, all of an encoder without one."""
     return "default" if vision_config.model_type == "clip_vision_model" else "full"

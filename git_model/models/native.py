@@ -63,7 +63,8 @@ def write_native(
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    plain_tokenizer(model.codec).save_pretrained(folder)
+    if hasattr(model.codec.tokenizer, "backend_tokenizer"):  # else its own files in language/ have to do
+        plain_tokenizer(model.codec).save_pretrained(folder)
     processor = image_processor(model.vision, config.data.resize)
     if processor is not None:  # 'pad' has none: git_model.datasets.images.Transform does it
         processor.save_pretrained(folder)
@@ -165,7 +166,9 @@ def _encoder(folder: Path, config: Config, told: Mapping[str, Any]) -> VisionEnc
         return build_vision(config.vision, load_weights=False)
     if told["kind"] == "hugging_face":
         return build_vision(replace(config.vision, name=str(folder / "vision")), load_weights=False)
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items() if key != "kind"}
+    sizes: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in told.items() if key != "kind"
+    }
     arch = openai_clip.Architecture(**sizes)
     side = config.vision.resolution or arch.resolution
     layers = layer_numbers(config.vision, arch.num_layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from git_model.errors import UserError
 from git_model.models.vision import VisionEncoder
 from git_model.tokens import TextCodec
 
@@ -34,18 +33,11 @@ def plain_tokenizer(codec: TextCodec) -> Any:
     """Return a copy of a model's tokenizer that adds what our rows begin with (BOS or nothing), padding on the left.
 
     The copy is its `tokenizers` JSON under the generic class, so that no loader puts it together anew by its name.
-
-    Raises:
-        UserError: a tokenizer without such a JSON.
     """
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     own = codec.tokenizer
-    if not hasattr(own, "backend_tokenizer"):
-        raise UserError(
-            f"its tokenizer ({type(own).__name__}) has no tokenizer.json; give the language model's folder one"
-        )
     content = json.loads(own.backend_tokenizer.to_str())
     _mark_every_piece(content.get("pre_tokenizer"))
     backend: Any = Tokenizer.from_str(json.dumps(content))
@@ -77,22 +69,23 @@ def _mark_every_piece(node: Any) -> None:
 
 
 def image_tokenizer(codec: TextCodec) -> tuple[Any, int]:
-    """Return the tokenizer with `<image>` among its special tokens, and that token's id.
-
-    Raises:
-        UserError: a prompt after `<image>` would get other ids than in training.
-    """
+    """Return the tokenizer with `<image>` among its special tokens, and that token's id."""
     from tokenizers import AddedToken
 
     tokenizer = plain_tokenizer(codec)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def tokenizer_refusal(codec: TextCodec) -> str:
+    """Return why a tokenizer cannot hold `<image>` and give prompts behind it the ids of training; '' where it can."""
+    if not hasattr(codec.tokenizer, "backend_tokenizer"):
+        return f"its tokenizer ({type(codec.tokenizer).__name__}) has no tokenizer.json"
+    tokenizer, image_id = image_tokenizer(codec)
     for text in PROBES:
         if tokenizer(IMAGE_TOKEN + text)["input_ids"] != [*codec.bos_ids, image_id, *codec.prompt(text)]:
-            raise UserError(
-                f"its tokenizer gives {text!r} other ids after {IMAGE_TOKEN} than alone; choose format native"
-            )
-    return tokenizer, image_id
+            return f"its tokenizer gives the prompt {text!r} other ids behind {IMAGE_TOKEN} than alone"
+    return ""
 
 
 def image_processor(vision: VisionEncoder, resize: str) -> Any:

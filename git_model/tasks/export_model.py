@@ -104,6 +104,7 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
         out: the final name: absent, empty, or an older export.
         write: fills an empty folder.
     """
+    out = out.resolve()  # a link keeps pointing where it did
     out.parent.mkdir(parents=True, exist_ok=True)
     word = uuid.uuid4().hex[:12]
     part, old = out.with_name(f".{out.name}.{word}.part"), out.with_name(f".{out.name}.{word}.old")
@@ -145,9 +146,6 @@ def write_llava(folder: Path, loaded: Loaded, dtype: Any, told: dict[str, Any]) 
         loaded: a model that nothing speaks against; see `git_model.models.llava`.
         dtype: of all weights; None = the language model's.
         told: plain values to keep in config.json.
-
-    Raises:
-        UserError: its tokenizer cannot hold an image token.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlavaProcessor
@@ -174,7 +172,7 @@ def write_llava(folder: Path, loaded: Loaded, dtype: Any, told: dict[str, Any]) 
     )
     images.save_pretrained(folder)  # preprocessor_config.json, which engines read; transformers 5 has one file for both
     processor.save_pretrained(folder)
-    _name_generic_class(folder / "tokenizer_config.json")
+    _suit_older_loaders(folder)
     GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=model.codec.eos_id,
@@ -183,9 +181,29 @@ def write_llava(folder: Path, loaded: Loaded, dtype: Any, told: dict[str, Any]) 
     ).save_pretrained(folder)
 
 
-def _name_generic_class(path: Path) -> None:
-    """Call the tokenizer's class by the name that transformers 4 knows, too: engines may run it."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    content.pop("backend", None)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _suit_older_loaders(folder: Path) -> None:
+    """Say it so that transformers 4 reads it, too, which engines may run.
+
+    The tokenizer's class by its older name, one file for each part of the processor, rotary settings where they were.
+    """
+
+    def change(name: str, edit: Callable[[dict[str, Any]], Any]) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        edit(content)
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def settings(config: dict[str, Any]) -> None:
+        text = config["text_config"]
+        for inner in (text, config["vision_config"]):
+            inner.pop("_name_or_path", None)  # a place on the machine that trained it
+        rope = text.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = rope
+
+    change(
+        "tokenizer_config.json", lambda c: (c.update(tokenizer_class="PreTrainedTokenizerFast"), c.pop("backend", 0))
+    )
+    change("processor_config.json", lambda c: c.pop("image_processor", None))  # it is preprocessor_config.json
+    change("config.json", settings)
