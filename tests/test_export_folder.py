@@ -168,6 +168,7 @@ def test_the_files_are_those_that_engines_read(exported: dict[str, Path]) -> Non
     assert config["vision_config"]["image_size"] == 96
     assert str(exported["bos"].parent.parent) not in json.dumps(config), "no place on the machine that trained it"
     generation = json.loads((exported["bos"] / "generation_config.json").read_text())
+    assert generation["max_new_tokens"] == 40
     assert (generation["eos_token_id"], generation["bos_token_id"], generation["pad_token_id"]) == (2, 1, 2)
     assert json.loads((exported["bos"] / "tokenizer_config.json").read_text())["padding_side"] == "left"
 
