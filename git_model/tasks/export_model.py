@@ -35,10 +35,7 @@ def export(
     _check_out_dir(Path(out_dir), Path(model_path))
     import torch
 
-    loaded = whole_model(model_path)
-    reason = _llava_refusal(loaded)
-    if format == "llava" and reason:
-        raise UserError(f"'{model_path}' can be no LLaVA: {reason}; or choose format native")
+    loaded, reason = _judged(model_path, format)
     as_llava = format != "native" and not reason
     kind = None if dtype == "auto" else getattr(torch, dtype)
     told = {"format": "llava" if as_llava else "native", "step": loaded.step, "metrics": loaded.metrics}
@@ -74,10 +71,26 @@ def whole_model(path: str) -> Loaded:
     return load_checkpoint(path)
 
 
-def _llava_refusal(loaded: Loaded) -> str:
-    from git_model.models.llava import config_refusal, model_refusal
+def _judged(model_path: str, format: str) -> tuple[Loaded, str]:
+    """Load a model and say why it can be no LLaVA ('' where it can).
 
-    return config_refusal(loaded.config) or model_refusal(loaded.model)
+    Raises:
+        UserError: it can be none and `format` is 'llava': by its config before gigabytes are loaded.
+    """
+    from git_model.checkpoint import read_content
+    from git_model.config import Config
+    from git_model.models.llava import config_refusal, model_refusal
+    from git_model.schema import from_dict
+
+    def judge(reason: str) -> str:
+        if format == "llava" and reason:
+            raise UserError(f"'{model_path}' can be no LLaVA: {reason}; or choose format native")
+        return reason
+
+    if format == "llava" and Path(model_path).is_file():
+        judge(config_refusal(from_dict(Config, read_content(Path(model_path)).get("config", {}))))
+    loaded = whole_model(model_path)
+    return loaded, judge(config_refusal(loaded.config) or model_refusal(loaded.model))
 
 
 def _check_out_dir(out: Path, model_path: Path) -> None:
