@@ -78,7 +78,10 @@ def test_llava_says_what_the_checkpoint_says(case: str, tmp_path: Path) -> None:
     out, told = export(tmp_path, path)
     assert (told["format"], "why_not_llava" in told) == ("llava", False)
     loaded = load_checkpoint(path)
-    theirs: Any = AutoModelForImageTextToText.from_pretrained(out).eval()
+    theirs: Any
+    theirs, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    theirs.eval()
     processor: Any = AutoProcessor.from_pretrained(out)
     assert type(theirs).__name__ == "LlavaForConditionalGeneration"
     files = [jpeg(i, *SIZES[i]) for i in range(3)]
