@@ -27,6 +27,7 @@ from git_model.datasets.files import write_all
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.build import build_model
 from git_model.models.git import GitModel
+from git_model.models.native import read_native
 from git_model.schema import from_dict, to_dict
 from git_model.tokens import tokenizer_from_json
 from git_model.weights import fetched_parts, held_tensors, identify, load_part, parts_of
@@ -172,7 +173,8 @@ def load_checkpoint(
     """Rebuild a model from its file.
 
     Args:
-        path: a file this module wrote, or a bare state dict with the same tensor names.
+        path: a file this module wrote, a bare state dict with the same tensor names, or a native folder of the
+            task 'export'.
         bare_config: the architecture, for a bare state dict only.
         bits: of the language model's weights, where other than it was trained with: 16 to merge its adapters.
         device: where the model is going; see `build_model`.
@@ -181,6 +183,9 @@ def load_checkpoint(
         UserError: no such file; not a checkpoint; tensors missing or too many (up to five are named).
     """
     path = Path(path)
+    if path.is_dir():
+        model, config, told = read_native(path)
+        return Loaded(model, config, dict(told.get("metrics", {})), int(told.get("step", 0)))
     content: dict[str, Any] = read_content(path)
     if "format" not in content:
         if bare_config is None or not all(isinstance(v, Tensor) for v in content.values()):

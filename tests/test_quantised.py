@@ -20,6 +20,7 @@ from git_model.flags import read_flags
 from git_model.models.decoders import build_decoder
 from git_model.models.lora import adapters, merge_adapters
 from git_model.models.quantised import int8_product, load_quantised
+from git_model.tasks.registry import run
 
 ARCHITECTURES = ("llama", "opt", "gpt2")
 
@@ -218,11 +219,18 @@ def test_what_was_trained_on_4_bits_is_merged_into_16(
     whole = load_checkpoint(tmp_path / "model_latest.pt", bits=16)
     assert whole.config.language.bits == 16
     batch = collator(whole.model)([captions("a red thing")])
-    before = float(whole.model(batch))
+    before = float(whole.model(batch).detach())
     whole.model.language.merge_adapters()
-    assert float(whole.model(batch)) == pytest.approx(before, rel=1e-5)
+    assert float(whole.model(batch).detach()) == pytest.approx(before, rel=1e-5)
     assert {p.dtype for p in whole.model.language.parameters()} == {torch.float32}
     assert "are not those this model was trained on" not in caplog.text
+
+    task = {"type": "export", "model_path": tmp_path / "model_latest.pt", "out_dir": tmp_path / "out"}
+    assert run(task)["format"] == "native"
+    exported = load_checkpoint(tmp_path / "out")
+    assert (exported.config.language.bits, exported.config.language.lora.rank) == (16, 0)
+    with torch.no_grad():
+        assert float(exported.model(batch)) == pytest.approx(before, rel=1e-5)
 
 
 def test_another_base_is_noticed(

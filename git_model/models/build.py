@@ -16,12 +16,16 @@ from git_model.models.git import GitModel
 from git_model.models.hub import check_name
 from git_model.models.language import LanguageModel
 from git_model.models.mapper import build_mapper
-from git_model.models.vision import build_vision, vision_facts
+from git_model.models.vision import VisionEncoder, build_vision, vision_facts
 from git_model.tokens import TextCodec, load_tokenizer
 
 
 def build_model(
-    config: Config, tokenizer: Any = None, held: Collection[str] = (), device: torch.device | str = "cpu"
+    config: Config,
+    tokenizer: Any = None,
+    held: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    vision: VisionEncoder | None = None,
 ) -> GitModel:
     """Build the three parts and freeze what the config freezes.
 
@@ -30,6 +34,7 @@ def build_model(
         tokenizer: for a small language model, the one trained on the data; None loads it by the LM's name.
         held: parts whose weights a checkpoint brings: only their architecture is built.
         device: where the model is going; quantised weights are made there, the rest on the CPU.
+        vision: the encoder, where it is built already (an export says itself what it is).
 
     Raises:
         UserError: something that cannot be found or does not fit together.
@@ -39,11 +44,13 @@ def build_model(
             raise UserError("a small language model needs the tokenizer of its data")
         check_name(config.language.name, "language model")
         tokenizer = load_tokenizer(config.language.name)
-    if config.mapper.type == "none":  # it joins equal widths only: said before any weights are fetched
+    if (
+        config.mapper.type == "none" and vision is None
+    ):  # it joins equal widths only: said before any weights are fetched
         facts = vision_facts(config.vision)
         build_mapper(config.mapper, facts.dim, decoder_width(config.language), facts.num_tokens)
     torch.manual_seed(config.train.seed)
-    vision = build_vision(config.vision, "vision" not in held)
+    vision = vision or build_vision(config.vision, "vision" not in held)
     frozen, dtype = frozen_parts(config), config.language.dtype
     adapted = bool(config.language.lora.rank)
     if dtype == "auto":

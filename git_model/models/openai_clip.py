@@ -116,7 +116,7 @@ class OpenAITower(nn.Module):
 
     def __init__(self, arch: Architecture, resolution: int, features: str, layers: tuple[int, ...]) -> None:
         super().__init__()
-        self.features, self.layers, self.resolution = features, layers, resolution
+        self.arch, self.features, self.layers, self.resolution = arch, features, layers, resolution
         self.visual: Any = make_visual(arch, resolution)
         self.is_vit, self.depth = arch.patch is not None, max(layers, default=arch.num_layers)
         unread = ["proj" if self.is_vit else "attnpool"] if features == "grid" else []

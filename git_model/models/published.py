@@ -113,6 +113,8 @@ class PublishedModel:
 
     def _text(self, prompt: str) -> str:
         """Return the text for the processor: the chat form where the model has one, with a mark for the image."""
+        if getattr(self.model.config, "git_model_export", None):  # ours, as LLaVA: nothing is put around the prompt
+            return f"{self.processor.image_token}{prompt}"
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": prompt or "Describe this image."}]
             return str(

@@ -1,6 +1,7 @@
 """One face for every model that says something about pictures: a checkpoint of ours, or a published one.
 
-`open_captioner` tells them apart: a file is a checkpoint, a folder or a hub's id is a Hugging Face model.
+`open_captioner` tells them apart: a file or a native folder of ours is a checkpoint, another folder or a hub's id is a
+Hugging Face model.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def open_captioner(
     """Load a model for the tasks.
 
     Args:
-        model_path: a checkpoint, a bare state dict, or the id or folder of a Hugging Face model.
+        model_path: a checkpoint, a bare state dict, an exported folder, or the id or folder of a Hugging Face model.
         architecture: the original's five keys; None where not given.
         device: see `pick_device`.
         prompt_format: for published models: what a prompt is put into, at `{prompt}`.
@@ -181,8 +182,12 @@ def open_captioner(
 
 def is_published(model_path: str) -> bool:
     """Tell whether a path is the folder, or a name the hub's id, of a Hugging Face model."""
+    from git_model.models.native import is_native
+
     path = Path(model_path)
     if path.is_dir():
+        if is_native(path):
+            return False
         if not (path / "config.json").is_file():
             raise UserError(f"{model_path} is a folder without config.json; give a checkpoint or a Hugging Face model")
         return True
