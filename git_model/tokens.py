@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from git_model.errors import UserError
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_KNOWN = 1 << 16
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class TextCodec:
@@ -124,10 +127,39 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: it cannot be found or read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        settings = llama_settings(name)
+        return (
+            AutoTokenizer.from_pretrained(name)
+            if settings is None
+            else LlamaTokenizer.from_pretrained(name, **settings)
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the tokenizer of language model '{name}': {reason}") from error
+
+
+def llama_settings(name: str) -> dict[str, Any] | None:
+    """Return what a LLaMA tokenizer's own files lack; None where they are complete, or it is no LLaMA tokenizer.
+
+    Early conversions name a class that never was in a release (LLaMATokenizer) and have "" for every special token;
+    others carry the sentencepiece file alone, which today's transformers reads without the first token that every
+    LLaMA was trained with.
+    """
+    from transformers.utils import cached_file
+
+    def found(file: str) -> str | None:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+    path = found("tokenizer_config.json")
+    settings: Any = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    if str(settings.get("tokenizer_class", "")).lower().removesuffix("fast") != "llamatokenizer":
+        return None
+    given = {token: settings.get(token) for token in LLAMA_TOKENS}
+    given = {token: text.get("content") if isinstance(text, dict) else text for token, text in given.items()}
+    empty = {token: text for token, text in LLAMA_TOKENS.items() if not given[token]}
+    if found("tokenizer.json") and not empty:
+        return None
+    return {**empty, "add_bos_token": settings.get("add_bos_token", True)}
