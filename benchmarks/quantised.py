@@ -77,9 +77,7 @@ def main() -> None:
         parameters = save_decoder(folder / "decoder", given.width, given.depth)
         task = f"{{'type': 'make_shapes', 'out_dir': '{folder / 'data'}', 'train': {given.images}, 'test': 2}}"
         subprocess.run([sys.executable, "inference.py", "-p", task], cwd=ROOT, check=True, capture_output=True)
-        print(
-            f"{parameters / 1e6:,.0f} million parameters, {given.images // given.batch} steps of {given.batch} pictures"
-        )
+        print(f"{parameters / 1e6:,.0f} million weights, {given.images // given.batch} steps of {given.batch} pictures")
         print("bits  trained   peak MB of 16 bits  images/s   loss, first and last step")
         for rank in (0, 8):
             for bits in (16, 8, 4):

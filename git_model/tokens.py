@@ -131,14 +131,14 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         settings = llama_settings(name)
-        return (
-            AutoTokenizer.from_pretrained(name)
-            if settings is None
-            else LlamaTokenizer.from_pretrained(name, **settings)
-        )
+        kind: Any = AutoTokenizer if settings is None else LlamaTokenizer
+        tokenizer = kind.from_pretrained(name, **(settings or {}))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the tokenizer of language model '{name}': {reason}") from error
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # transformers makes an empty one
+        raise UserError(f"cannot load the tokenizer of language model '{name}': there are no vocabulary files")
+    return tokenizer
 
 
 def llama_settings(name: str) -> dict[str, Any] | None:
