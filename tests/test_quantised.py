@@ -141,8 +141,8 @@ def test_the_fallback_is_the_dequantised_product(decoders: dict[str, Path], dtyp
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_the_fallback_trains(decoders: dict[str, Path], tiny_tsv: Path, tmp_path: Path) -> None:
-    flags = ["--lm_bits", "8", "--set", "language.int8=dequantised", "--lora_rank", "4"]
+def test_bitsandbytes_own_product_trains_too(decoders: dict[str, Path], tiny_tsv: Path, tmp_path: Path) -> None:
+    flags = ["--lm_bits", "8", "--set", "language.int8=llm.int8", "--lora_rank", "4"]
     losses = trained(tiny_tsv, decoders["llama"], tmp_path, *flags)
     assert losses[-1] < 0.8 * losses[0]
 
@@ -163,10 +163,11 @@ def test_a_v100_has_no_int8_arithmetic(v100: torch.device, caplog: pytest.LogCap
         int8_product("llm.int8", v100)
 
 
-def test_newer_cards_and_cpus_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_cards_have_it_and_cpus_imitate_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert int8_product("auto", torch.device("cuda")) == "llm.int8"
-    assert int8_product("auto", torch.device("cpu")) == "llm.int8"
+    assert int8_product("auto", torch.device("cpu")) == "dequantised"
+    assert int8_product("llm.int8", torch.device("cpu")) == "llm.int8"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

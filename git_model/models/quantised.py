@@ -1,8 +1,8 @@
 """8-bit and 4-bit decoders through bitsandbytes, and what a card without 8-bit arithmetic does instead.
 
 LLM.int8() (arXiv 2208.07339) multiplies 8-bit weights with 8-bit activations, which needs compute capability 7.5. On
-a V100 (7.0) the same 8-bit weights are turned back into numbers layer by layer, for one product at a time. NF4
-(QLoRA, arXiv 2305.14314) always works that way.
+a V100 (7.0), and on a CPU, the same 8-bit weights are turned back into numbers layer by layer, for one product at a
+time. NF4 (QLoRA, arXiv 2305.14314) always works that way.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def int8_product(chosen: str, device: torch.device) -> str:
     Raises:
         UserError: 'llm.int8' where the card's compute capability is below 7.5.
     """
-    if chosen == "dequantised" or device.type != "cuda":
-        return "llm.int8" if chosen == "auto" else chosen
+    if chosen == "dequantised" or device.type != "cuda":  # a CPU has no 8-bit product either: bitsandbytes imitates it
+        return "dequantised" if chosen == "auto" else chosen
     capability = torch.cuda.get_device_capability(device)
     if capability >= INT8_CAPABILITY:
         return "llm.int8"
