@@ -165,7 +165,7 @@ class LanguageConfig:
     bits: int = 16
     """of a frozen pretrained decoder's weights: 16 (what `dtype` says), 8 (LLM.int8()) or 4 (NF4, double quantised)"""
     int8: str = "auto"
-    """how 8-bit weights are multiplied: 'llm.int8' (cards from compute capability 7.5; a CPU imitates it), 'dequantised'
+    """how 8-bit weights are multiplied: 'llm.int8' (compute capability 7.5 and up; a CPU imitates it), 'dequantised'
     on the fly (anywhere, a V100 too), or 'auto': the first where the card has it"""
     lora: LoraConfig = field(default_factory=LoraConfig)
     small: SmallLanguageConfig = field(default_factory=SmallLanguageConfig)
