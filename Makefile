@@ -61,7 +61,7 @@ $(IMAGE):
 	  --build-arg TORCH=$(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt))))
 
 container-test: $(READY) $(IMAGE)
-	GIT_MODEL_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container tests/test_container.py
+	GIT_MODEL_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container tests/test_container.py tests/test_container_slurm.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/inference.py
