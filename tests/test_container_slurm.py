@@ -1,4 +1,4 @@
-"""The batch scripts under a real SLURM, in the real image: pre-empted and put back, in parts, one task a rank."""
+"""The batch scripts under a real SLURM, in the real image: preempted and put back, in parts, one task a rank."""
 
 from __future__ import annotations
 
