@@ -15,6 +15,8 @@ import pytest
 from test_container import TOOL, User, image, until, user
 from test_train import losses, same_tensors
 
+from git_model.checkpoint import read_content
+
 __all__ = ["image", "user"]  # the fixtures
 
 pytestmark = pytest.mark.container
@@ -58,7 +60,7 @@ class Cluster:
 
     def said(self, job: str) -> str:
         """Return the end of what the job said."""
-        texts = [path.read_text() for path in sorted(self.checkout.glob(f"job-{job}_*.out"))]
+        texts = [path.read_text(errors="replace") for path in sorted(self.checkout.glob(f"job-{job}_*.out"))]
         return f"{self.state(job)}\n" + "\n".join(text[-3000:] for text in texts)
 
     def execute(self, *words: str) -> str:
@@ -106,12 +108,12 @@ def test_preempted_put_back_and_finished(cluster: Cluster) -> None:
     reached = max(losses(out))
     assert 5 <= reached < 90, "it was stopped on the way"
     assert f"stopped by SIGUSR1 and saved at step {reached}" in cluster.said(job)
-    scontrol("update", f"jobid={job}", "starttime=now")  # SLURM would wait two minutes
-    cluster.wait(job)
+    cluster.wait(job)  # SLURM starts it again after two minutes, when the old start's credential is over
     assert "Restarts=1" in cluster.state(job)
     assert f"resuming at step {reached} of 90" in cluster.said(job)
     assert losses(out) == losses(cluster.checkout / "one")
     assert set(losses(out)) == set(range(1, 91))
+    assert "squeue" not in cluster.said(job), "the end of the job's time is known inside"
     assert same_tensors(out / "model_latest.pt", cluster.checkout / "one" / "model_latest.pt")
     assert not [path.name for path in cluster.checkout.glob(".*-*")], "its notes are gone"
 
@@ -156,5 +158,6 @@ def test_one_task_a_rank_and_data_on_the_nodes_disk(cluster: Cluster) -> None:
     cluster.wait(staged)
     assert len(losses(cluster.checkout / "ranks")) == 6
     assert losses(cluster.checkout / "ranks") == losses(cluster.checkout / "staged")
-    assert str(local) in (cluster.checkout / "staged" / "config.yml").read_text()
+    trained_on = read_content(cluster.checkout / "staged" / "model_latest.pt")["config"]["data"]["dir"]
+    assert trained_on == f"{local}/git-model-{staged}"
     assert not list(local.iterdir())
