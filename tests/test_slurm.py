@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,6 +207,14 @@ def test_every_script_is_sound(root: Path) -> None:
     if shutil.which("shellcheck"):
         done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
+
+
+def test_the_pages_tasks_resolve(root: Path) -> None:
+    page = (root / "docs" / "cluster.md").read_text(encoding="utf-8")
+    found = [resolve(parse_params(text))[0].__name__ for text in re.findall(r'"(\{.*?\})"', page, re.DOTALL)]
+    assert found == ["caption_tsv", "merge_tsv_parts"]
+    for name in re.findall(r"docs/slurm/[\w.]+", page):
+        assert (root / name).is_file(), name
 
 
 @pytest.mark.parametrize("end", ["}", ", }", ", \\\n}", "}  "])
