@@ -56,12 +56,11 @@ class Cluster:
     def wait(self, job: str, seconds: float = 300) -> None:
         """Wait until it is over, and be content with nothing but success."""
         until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & _states(self.state(job)), f"job {job}", seconds)
-        assert _states(self.state(job)) == {"COMPLETED"}, self.said(job)
+        assert _states(self.state(job)) == {"COMPLETED"}, self.state(job) + self.said(job)[-3000:]
 
     def said(self, job: str) -> str:
-        """Return the end of what the job said."""
-        texts = [path.read_text(errors="replace") for path in sorted(self.checkout.glob(f"job-{job}_*.out"))]
-        return f"{self.state(job)}\n" + "\n".join(text[-3000:] for text in texts)
+        """Return what the job said, each of its starts."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.checkout.glob(f"job-{job}_*.out")))
 
     def execute(self, *words: str) -> str:
         """Run the checkout's code in the image, outside of SLURM."""
