@@ -39,10 +39,8 @@ class Job:
         tools = folder / "bin"
         tools.mkdir(exist_ok=True)
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "trainer": TRAINER}.items():
-            if f"NO_{name}" in environment:
-                (tools / name).unlink(missing_ok=True)
-                continue
-            (tools / name).write_text(text)
+            absent = "#!/bin/bash\nexit 127\n"  # and not the machine's own: it might have such a job
+            (tools / name).write_text(absent if f"NO_{name}" in environment else text)
             (tools / name).chmod(0o755)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
