@@ -7,7 +7,13 @@ READY  := $(VENV)/.ready
 # where the real data sets are that some tests and `make soak` use
 DATA   ?= ../shared/data
 
-.PHONY: demo test check format clean soak bench
+# flags of `singularity build`, and what differs from the image that container.def makes by default, such as
+# CONTAINER_ARGS="--build-arg BOOTSTRAP=debootstrap --build-arg TORCH=2.13.0"
+IMAGE           ?= generative-image-to-text.sif
+CONTAINER_FLAGS ?= --fakeroot
+CONTAINER_ARGS  ?=
+
+.PHONY: demo test check format clean soak bench container container-test
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +50,18 @@ soak: $(READY)
 	GIT_MODEL_KILLS=1000 $(BIN)/python -m pytest -s tests/test_lost_runs.py -k test_kills
 	GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_download.py -k killed
 	GIT_MODEL_CORRUPTIONS=700 GIT_MODEL_IMAGES=50000 $(BIN)/python -m pytest tests/test_saves.py tests/test_images.py
+
+# an image that needs nothing but singularity or apptainer; this machine's pip settings are lent to the build
+container:
+	.ci/container $(IMAGE) $(CONTAINER_FLAGS) $(CONTAINER_ARGS)
+
+# the image without a registry and with the newest torch that constraints.txt knows, unless there is one; then everything in it
+$(IMAGE):
+	.ci/container $(IMAGE) $(CONTAINER_FLAGS) $(or $(CONTAINER_ARGS),--build-arg BOOTSTRAP=debootstrap \
+	  --build-arg TORCH=$(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt))))
+
+container-test: $(READY) $(IMAGE)
+	GIT_MODEL_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container tests/test_container.py tests/test_container_slurm.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/inference.py

@@ -1,9 +1,14 @@
-"""Download the pictures of Conceptual Captions, or of any list of captions and URLs; each row gets a verdict."""
+"""Download the pictures of Conceptual Captions, or of any list of captions and URLs; each row gets a verdict.
+
+Or weights by name, for machines without internet.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +28,7 @@ download_report.json and .png. Stop it at any moment and start it again: it goes
   python download.py --data_root ../data/conceptual --retry_failed transient
   python download.py --data_root ../data/mine --url_list mine.csv --caption_col text --url_col link \\
       --output_format webdataset
+  python download.py --weights ViT-B/32 gpt2-large     (into ~/.cache/clip and the Hugging Face cache)
 """
 
 
@@ -31,7 +37,13 @@ def build_parser() -> Parser:
     lines = argparse.RawDescriptionHelpFormatter
     parser = Parser("download.py", None, __doc__, EPILOG, formatter_class=lines, allow_abbrev=False)
     add = parser.add_argument
-    add("--data_root", required=True, help="folder of the lists; pictures and ledgers go there, too")
+    add("--data_root", help="folder of the lists; pictures and ledgers go there, too")
+    add(
+        "--weights",
+        metavar="NAME",
+        nargs="+",
+        help="OpenAI CLIP's names and Hugging Face ids: fetch these, no pictures",
+    )
     add("--splits", default="train,val", help="of Conceptual Captions: train, val or both (default)")
     add("--url_list", help="another list in place of Conceptual Captions: .tsv or .csv, .gz allowed")
     add("--caption_col", default="0", help="column of --url_list: a number from 0, or a name in its first line")
@@ -62,8 +74,29 @@ def build_parser() -> Parser:
     return parser
 
 
+def fetch_all(names: Sequence[str]) -> None:
+    """Bring weights here, and say where they lie and what the machine that will use them has to be told."""
+    from git_model.models.hub import fetch_weights
+
+    for name in names:
+        print(f"{name}\t{fetch_weights(name)}")
+    from huggingface_hub import constants
+
+    told = {"HF_HOME": constants.HF_HOME}
+    if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
+        told = {"HF_HUB_CACHE": constants.HF_HUB_CACHE}
+    told |= {name: os.environ[name] for name in ("CLIP_CACHE",) if name in os.environ}
+    words = [f"{name}={shlex.quote(value)}" for name, value in told.items()]
+    print(f"where there is no internet: export {' '.join(words)} HF_HUB_OFFLINE=1")
+
+
 def run(given: argparse.Namespace) -> None:
     """Download, report, and judge."""
+    if given.weights and not given.data_root:
+        fetch_all(given.weights)
+        return
+    if given.weights or not given.data_root:
+        raise UserError("give either --data_root (pictures) or --weights (of models); see download.py -h")
     splits = tuple(name.strip() for name in given.splits.split(","))
     if unknown := set(splits) - {"train", "val"}:
         raise UserError(f"--splits '{', '.join(sorted(unknown))}'; one of: train, val, train,val")

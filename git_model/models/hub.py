@@ -1,12 +1,22 @@
-"""Whether a Hugging Face model can be had, asked once and shortly: the library itself tries for most of a minute."""
+"""Whether a Hugging Face model can be had, asked once and shortly: the library itself tries for most of a minute.
+
+And weights by name brought here beforehand, for machines without internet.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from git_model.errors import UserError
+from git_model.errors import UserError, nearest
 
 PATIENCE = 8.0  # seconds
+
+# what transformers reads of a repository: no other framework's weights, no variants, no code
+_SMALL_FILES = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
+_SAFE_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
+_OTHER_WEIGHTS = re.compile(r"(pytorch|adapter)_model(-\d+-of-\d+)?\.bin")
 
 
 def check_name(name: str, what: str) -> None:
@@ -46,3 +56,56 @@ def check_name(name: str, what: str) -> None:
     if answer.status_code in (401, 403, 404):
         told = f"{constants.ENDPOINT} has no such model, or keeps it for those who log in (HF_TOKEN)"
         raise UserError(f"cannot load the {what} '{name}': {told}")
+
+
+def fetch_weights(name: str) -> Path:
+    """Bring weights into their usual cache and return where they lie; what is there already is kept.
+
+    Args:
+        name: OpenAI CLIP weights such as ViT-B/32 (see `openai_clip.fetch`), a Hugging Face id, a folder or a file.
+
+    Raises:
+        UserError: no such weights, or they cannot be reached; said within seconds.
+    """
+    from git_model.models import openai_clip
+
+    known = openai_clip.weight_urls()
+    if name in known:
+        return openai_clip.fetch(name)
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    try:
+        check_name(name, "weights")
+        return _fetch_repository(name)
+    except UserError as error:
+        raise UserError(f"{error}{nearest(name, known)}") from error
+
+
+def _fetch_repository(name: str) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"cannot fetch '{name}': HF_HUB_OFFLINE is set")
+    try:
+        info = HfApi().model_info(name, timeout=PATIENCE)
+        wanted = repository_files([file.rfilename for file in info.siblings or ()])
+        if not wanted:
+            raise UserError(f"'{name}' holds no weights that can be read: neither safetensors nor pytorch_model.bin")
+        # not by info.sha: only a branch's name leaves the note by which the cache finds it again
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except UserError:
+        raise
+    except Exception as error:  # of httpx or of httpx2, by the library's version
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot fetch '{name}' from {constants.ENDPOINT}: {told}") from error
+
+
+def repository_files(names: Sequence[str]) -> list[str]:
+    """Return those of a repository's files that a model is loaded from; none where there are no weights.
+
+    Args:
+        names: all its files, folders with slashes.
+    """
+    weights = [name for name in names if _SAFE_WEIGHTS.fullmatch(name)]
+    weights = weights or [name for name in names if _OTHER_WEIGHTS.fullmatch(name)]
+    return weights + [name for name in names if _SMALL_FILES.fullmatch(name)] if weights else []

@@ -3,7 +3,8 @@
 Rank r of n appends its finished rows to `{out_tsv}.{r}.{n}.journal`. When its block is complete it writes
 `{out_tsv}.{r}.{n}.tsv` and, last, `{out_tsv}.{r}.{n}.json` with its counts. Rank 0 waits for all of these, joins them
 in order into `out_tsv`, and removes them. Everything carries the job's identity: what another model, file or
-setting left behind is not continued, but started anew.
+setting left behind is not continued, but started anew. Part p of an array job's n is rank p of n that nobody waits
+for: `gather` joins the parts when all are through.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 60
+EXAMPLES = 3  # of each reason, in a report
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,13 @@ class Journal:
         self.path, self.job = rank_file(out_tsv, rank, world, "journal"), job
         self.rows = block(total, rank, world)
         found: dict[int, Done] = {}
-        for path in {*_journals(out_tsv), self.path}:  # a run with another number of ranks has other names
+        for path in _ranks_files(out_tsv, "journal"):  # a run with another number of ranks has other names
             found |= _read(path, job)
         self.done = {row: done for row, done in found.items() if row in self.rows}
         lines = (_line(row, done) for row, done in sorted(self.done.items()))
         write_all([(self.path, [_head(job), *lines])])  # anew: a torn or foreign end is gone
+        if self.left():  # the counts there are another job's: nobody may take them for this one's
+            rank_file(out_tsv, rank, world, "json").unlink(missing_ok=True)
         self.file = self.path.open("ab")
 
     def left(self) -> list[int]:
@@ -119,13 +124,13 @@ def _read(path: Path, job: str) -> dict[int, Done]:
     return found
 
 
-def _journals(out_tsv: Path) -> Iterator[Path]:
-    pattern = re.compile(re.escape(out_tsv.name) + r"\.\d+\.\d+\.journal")
-    return (path for path in out_tsv.parent.iterdir() if pattern.fullmatch(path.name))
+def _ranks_files(out_tsv: Path, suffixes: str) -> Iterator[Path]:
+    pattern = re.compile(re.escape(out_tsv.name) + rf"\.\d+\.\d+\.({suffixes})")
+    return (path for path in sorted(out_tsv.parent.iterdir()) if pattern.fullmatch(path.name))
 
 
-def finish_rank(out_tsv: Path, journal: Journal, rank: int, world: int, columns: int) -> None:
-    """Write a rank's TSV and then its counts.
+def finish_rank(out_tsv: Path, journal: Journal, rank: int, world: int, columns: int) -> dict[str, Any]:
+    """Write a rank's TSV and then its counts; return the counts.
 
     Args:
         out_tsv: the final name.
@@ -134,16 +139,24 @@ def finish_rank(out_tsv: Path, journal: Journal, rank: int, world: int, columns:
         world: number of processes.
         columns: of the output; a row of captions has 2, a row of answers 1 for each question.
     """
-    reasons: dict[str, int] = {}
-    examples: list[dict[str, str]] = []
-    for _, done in sorted(journal.done.items()):
-        if done.error:
-            reasons[done.error] = reasons.get(done.error, 0) + 1
-            if reasons[done.error] <= 3:
-                examples.append({"reason": done.error, "detail": done.detail})
+    failed = [done for _, done in sorted(journal.done.items()) if done.error]
+    examples = _first_of_each([{"reason": done.error, "detail": done.detail} for done in failed])
+    reasons = dict(Counter(done.error for done in failed))
     write_tsv(rank_file(out_tsv, rank, world, "tsv"), _output(journal, columns))
     report = {"job": journal.job, "rows": len(journal.rows), "reasons": reasons, "examples": examples}
     write_all([(rank_file(out_tsv, rank, world, "json"), [json.dumps(report).encode()])])
+    return report
+
+
+def _first_of_each(examples: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the first few examples of each reason, in their order: the same for any number of ranks."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for example in examples:
+        seen[example["reason"]] += 1
+        if seen[example["reason"]] <= EXAMPLES:
+            kept.append(example)
+    return kept
 
 
 def _output(journal: Journal, columns: int) -> Iterator[Sequence[str]]:
@@ -159,15 +172,58 @@ def merge(out_tsv: Path, job: str, world: int, started: float) -> dict[str, Any]
     Raises:
         UserError: a rank that began with this run did another job.
     """
-    reports = [_wait(rank_file(out_tsv, rank, world, "json"), job, rank, started) for rank in range(world)]
+    files = [rank_file(out_tsv, rank, world, "json") for rank in range(world)]
+    return _joined(out_tsv, [_wait(path, job, rank, started) for rank, path in enumerate(files)])
+
+
+def gather(out_tsv: Path, parts: int) -> dict[str, Any]:
+    """Join the TSVs of an array job's parts into `out_tsv`, without waiting; return the counts and the job.
+
+    Raises:
+        UserError: a part that is not through, or one of another job than the first; nothing is written.
+    """
+    reports: list[dict[str, Any]] = []
+    missing: list[int] = []
+    for part in range(parts):
+        try:
+            if not rank_file(out_tsv, part, parts, "tsv").is_file():
+                raise FileNotFoundError
+            reports.append(json.loads(rank_file(out_tsv, part, parts, "json").read_bytes()))
+        except FileNotFoundError:
+            missing.append(part)
+    if missing:
+        named = f"part{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:20]))}"
+        raise UserError(f"{named} of {parts} of '{out_tsv}' not through yet: start what is missing, then merge")
+    for part, report in enumerate(reports):
+        if report["job"] != reports[0]["job"]:
+            raise UserError(
+                f"part {part} of '{out_tsv}' was done with another model, file or setting than part 0: "
+                "start the one again that is wrong"
+            )
+    return {"job": reports[0]["job"], **_joined(out_tsv, reports)}
+
+
+def jobs(out_tsv: Path) -> set[str]:
+    """Return the identities of the jobs whose journals or counts lie beside `out_tsv`."""
+    found: set[str] = set()
+    for path in _ranks_files(out_tsv, "journal|json"):
+        try:
+            with path.open("rb") as file:
+                found.add(json.loads(file.readline())["job"])
+        except (OSError, ValueError, KeyError, TypeError):  # torn or gone: nobody's
+            continue
+    return found
+
+
+def _joined(out_tsv: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the output of all ranks, in order, and return the sums of their counts."""
+    world = len(reports)
     parts = [TSVFile(rank_file(out_tsv, rank, world, "tsv")) for rank in range(world)]
+    report_path(out_tsv).unlink(missing_ok=True)  # never an old report beside a new output
     write_tsv(out_tsv, (row for part in parts for row in part))
-    total: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report["reasons"].items():
-            total[reason] = total.get(reason, 0) + count
-    rows, bad = sum(report["rows"] for report in reports), sum(total.values())
-    examples = [example for report in reports for example in report["examples"]]
+    total = sum((Counter(report["reasons"]) for report in reports), Counter[str]())
+    rows, bad = sum(report["rows"] for report in reports), total.total()
+    examples = _first_of_each(example for report in reports for example in report["examples"])
     return {"rows": rows, "ok": rows - bad, "reasons": dict(sorted(total.items())), "examples": examples}
 
 
@@ -183,11 +239,9 @@ def write_report(out_tsv: Path, report: dict[str, Any]) -> None:
 
 def clean(out_tsv: Path) -> None:
     """Remove the ranks' files of this and of earlier runs; `out_tsv` and its report are in place."""
-    pattern = re.compile(re.escape(out_tsv.name) + r"\.\d+\.\d+\.(journal|json|tsv|lineidx|lineidx\.8b)")
-    for path in sorted(out_tsv.parent.iterdir()):
-        torn = path.name.startswith(f".{out_tsv.name}.") and path.name.endswith(".part")  # of a killed process
-        if torn or pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    torn = [path for path in out_tsv.parent.glob(".*.part") if path.name.startswith(f".{out_tsv.name}.")]  # by a kill
+    for path in [*_ranks_files(out_tsv, r"journal|json|tsv|lineidx|lineidx\.8b"), *torn]:
+        path.unlink(missing_ok=True)
 
 
 def _wait(path: Path, job: str, rank: int, started: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from git_model.cluster import rank_and_world
 from git_model.errors import UserError
 from git_model.tasks.params import Range
 
@@ -90,6 +91,31 @@ class SamplingOptions(SearchOptions):
         """Return the search or the drawing."""
         drawn = {"sample": self.sample, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return replace(SearchOptions.decoding(self), **drawn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOptions:
+    """Which block of the rows this process does: for array jobs, whose tasks know nothing of each other."""
+
+    part: Annotated[int, Range(0, 65535)] | None = None
+    parts: Annotated[int, Range(1, 65536)] | None = None
+
+    def place(self) -> tuple[int, int]:
+        """Return the number of this process's block and how many there are: the part's, or the rank's.
+
+        Raises:
+            UserError: one key without the other, no such part, or a part that several processes would do.
+        """
+        rank, world = rank_and_world()
+        if self.part is None and self.parts is None:
+            return rank, world
+        if self.part is None or self.parts is None:
+            raise UserError("part and parts belong together, such as 'part': 0, 'parts': 4")
+        if self.part >= self.parts:
+            raise UserError(f"part is {self.part}; of {self.parts} parts it must be from 0 to {self.parts - 1}")
+        if world > 1:
+            raise UserError(f"a part is one process's, here are {world}: start it alone, or leave out part and parts")
+        return self.part, self.parts
 
 
 @dataclass(frozen=True, kw_only=True)

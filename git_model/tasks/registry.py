@@ -16,7 +16,7 @@ from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_co
 from git_model.tasks.export_model import export
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
 from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
-from git_model.tasks.tsv import caption_tsv
+from git_model.tasks.tsv import caption_tsv, merge_tsv_parts
 
 Task = Callable[..., Any]
 
@@ -26,6 +26,7 @@ Task = Callable[..., Any]
 TASKS: dict[str, Task] = {
     "test_git_inference_single_image": caption_image,
     "test_git_inference_single_tsv": caption_tsv,
+    "merge_tsv_parts": merge_tsv_parts,
     "evaluate_on_coco_caption": evaluate_on_coco_caption,
     "evaluate_on_vqa": evaluate_on_vqa,
     "convert_tsv_to_vqa_json": convert_tsv_to_vqa_json,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.cluster import rank_and_world
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
-from git_model.tasks.options import ModelOptions, SearchOptions
+from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
 from git_model.tasks.params import Range
 
 log = logging.getLogger(__name__)
@@ -34,17 +34,18 @@ def caption_tsv(
     prompt: str = "",
     model: ModelOptions,
     search: SearchOptions,
+    share: PartOptions,
     batch_size: Annotated[int, Range(1, 65536)] = 32,
     workers: Annotated[int, Range(0, 256)] = 2,
     max_bad: Annotated[float, Range(0, 1)] = 0.01,
 ) -> dict[str, Any] | None:
-    """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun shares it among processes."""
+    """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.datasets.asking import AskRows
     from git_model.datasets.files import refuse_overwriting
     from git_model.tasks import journal
     from git_model.tasks.captioner import fingerprint
 
-    out, rank, world, started = Path(out_tsv), *rank_and_world(), time.time()
+    out, (rank, world), started = Path(out_tsv), share.place(), time.time()
     if out.suffix != ".tsv":
         raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
     for path in filter(None, (image_tsv, question_tsv)):
@@ -57,7 +58,7 @@ def caption_tsv(
     files = fingerprint([model.model_path, image_tsv, question_tsv])
     job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
     if finished := _finished(out, job):
-        return _judged(finished, max_bad) if rank == 0 else None
+        return _judged(finished, max_bad) if share.parts or rank == 0 else None
     if rank == 0 and out.exists():
         log.warning("%s holds another job's texts; they are replaced when this one is through", out)
     captioner = model.open()
@@ -67,13 +68,40 @@ def caption_tsv(
     out.parent.mkdir(parents=True, exist_ok=True)
     done = journal.Journal(out, job, rank, world, len(rows))
     _answer_all(captioner, rows, done, decoding, batch_size, workers)
-    journal.finish_rank(out, done, rank, world, columns=1 if question_tsv else 2)
+    counts = journal.finish_rank(out, done, rank, world, columns=1 if question_tsv else 2)
+    if share.parts:  # merge_tsv_parts joins and judges
+        return {"out_tsv": out_tsv, "part": rank, "parts": world, **counts}
     if rank > 0:
         if _finished(out, job):  # rank 0 had this rank's part from a run before, and is through
             journal.clean(out)
         return None
-    journal.report_path(out).unlink(missing_ok=True)  # never an old report beside a new output
-    report = {"out_tsv": out_tsv, "job": job, **journal.merge(out, job, world, started)}
+    return _closed(out_tsv, {"job": job, **journal.merge(out, job, world, started)}, max_bad)
+
+
+def merge_tsv_parts(
+    *,
+    out_tsv: str,
+    parts: Annotated[int, Range(1, 65536)],
+    max_bad: Annotated[float, Range(0, 1)] = 0.01,
+) -> dict[str, Any]:
+    """Join the parts of test_git_inference_single_tsv into what one process would have written."""
+    from git_model.tasks import journal
+
+    out = Path(out_tsv)
+    if not out.parent.is_dir():
+        raise UserError(f"no folder '{out.parent}' with parts of '{out_tsv}'")
+    finished = _finished(out)
+    if finished and journal.jobs(out) <= {finished["job"]}:  # merged before, and perhaps killed while cleaning up
+        journal.clean(out)
+        return _judged(finished, max_bad)
+    return _closed(out_tsv, journal.gather(out, parts), max_bad)
+
+
+def _closed(out_tsv: str, counts: dict[str, Any], max_bad: float) -> dict[str, Any]:
+    """Write the report of a whole output, remove what it was joined from, judge."""
+    from git_model.tasks import journal
+
+    out, report = Path(out_tsv), {"out_tsv": out_tsv, **counts}
     journal.write_report(out, report)
     journal.clean(out)
     return _judged(report, max_bad)
@@ -92,8 +120,8 @@ def _answer_all(
     from tqdm import tqdm
 
     left, total = done.left(), len(done.rows)
-    first = done.rows.start == 0
-    with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=not first) as bar:
+    quiet = rank_and_world()[0] > 0
+    with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=quiet) as bar:
         for chunk in _chunks(rows, left, workers, captioner.batches * batch_size):
             try:
                 done.add(_answered(captioner, chunk, decoding, batch_size, asked=rows.questions is not None))
@@ -177,13 +205,13 @@ def _done(row: AskRow, texts: dict[tuple[int, int], str], refused: dict[tuple[in
     return Done((row.key, json_cell(records)), error, detail)
 
 
-def _finished(out: Path, job: str) -> dict[str, Any] | None:
-    """Return the report of this very job where its output is already there."""
+def _finished(out: Path, job: str | None = None) -> dict[str, Any] | None:
+    """Return the report of this very job (None: of any) where its output is already there."""
     from git_model.tasks.journal import report_path
 
     try:
         report = json.loads(report_path(out).read_bytes())
-        return report if out.is_file() and report["job"] == job else None
+        return report if out.is_file() and report["job"] == (job or report["job"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
