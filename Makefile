@@ -67,6 +67,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/loader.py $(DATA)/rsicd/rsicd-val-*.tar
 	$(BIN)/python benchmarks/scale.py --rows 10000 100000
+	$(BIN)/python benchmarks/quantised.py --images 8
 	$(BIN)/python benchmarks/scoring.py $(DATA)/coco_val2017_subset/captions_val2017.json
 
 format: $(READY)

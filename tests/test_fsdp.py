@@ -34,42 +34,33 @@ def train_whole(flags: list[str], root: Path) -> None:
 
 
 def test_two_shards_are_one_model(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
-    """The same losses, validation scores and weights as one process with the whole batch; saves fit both."""
-    whole, shards = tmp_path / "whole", tmp_path / "shards"
-    train_whole(flags_of(tiny_tsv, whole, "--bs", "8"), root)
-    finished(2, flags_of(tiny_tsv, shards, "--bs", "4", "--fsdp"), root)
-    one, two = losses(whole), losses(shards)
-    assert one.keys() == two.keys()
-    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
-    left, right = (read_content(folder / "model_latest.pt") for folder in (whole, shards))
-    assert left["metrics"].keys() == right["metrics"].keys()
-    assert right["metrics"]["val_loss"] == pytest.approx(left["metrics"]["val_loss"], rel=1e-3)
-    for name, tensor in left["tensors"].items():
-        assert torch.allclose(right["tensors"][name], tensor, atol=5e-3), name
-    assert load_checkpoint(shards / "model_best.pt").model
-
-
-def test_a_sharded_run_goes_on_whole_and_back(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
+    """The losses, scores and weights of one process with the whole batch; each goes on from the other's saves."""
     through, parts = tmp_path / "through", tmp_path / "parts"
-    same = ("--schedule", "constant")
+    same = ("--schedule", "constant", "--validate_every", "6")
     train_whole(flags_of(tiny_tsv, through, "--bs", "8", *same), root)
-    finished(2, flags_of(tiny_tsv, parts, "--bs", "4", "--fsdp", "--epochs", "1", *same), root)
-    train_whole(flags_of(tiny_tsv, parts, "--bs", "8", "--epochs", "2", *same), root)
-    finished(2, flags_of(tiny_tsv, parts, "--bs", "4", "--fsdp", "--epochs", "4", *same), root)
-    assert list(losses(parts).values()) == pytest.approx(list(losses(through).values()), rel=1e-3)
+    finished(2, flags_of(tiny_tsv, parts, "--bs", "4", "--fsdp", "--epochs", "2", *same), root)
+    first = read_content(parts / "model_latest.pt")
+    train_whole(flags_of(tiny_tsv, parts, "--bs", "8", "--epochs", "3", *same), root)
+    finished(2, flags_of(tiny_tsv, parts, "--bs", "4", "--fsdp", *same), root)
+    one, two = losses(through), losses(parts)
+    assert one.keys() == two.keys()
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-3)
+    left, right = (read_content(folder / "model_latest.pt") for folder in (through, parts))
+    assert right["metrics"]["val_loss"] == pytest.approx(left["metrics"]["val_loss"], rel=1e-3)
+    assert left["tensors"].keys() == first["tensors"].keys()
+    for name, tensor in left["tensors"].items():
+        assert torch.allclose(right["tensors"][name], tensor, atol=2e-2), name
+    assert load_checkpoint(parts / "model_best.pt").model
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--precision", "bf16"], ["--lm_dtype", "bfloat16"]], ids=["fp32", "bf16", "half"]
-)
-def test_adapters_on_a_sharded_decoder(more: list[str], tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
+def test_adapters_on_a_sharded_decoder_of_half_precision(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
     decoder = save_decoder("llama", tmp_path / "decoder")
-    lora = ["-lm", str(decoder), "--freeze", "auto", "--lora_rank", "4", "--gradient_checkpointing", *more]
+    lora = ["-lm", str(decoder), "--freeze", "auto", "--lora_rank", "4", "--gradient_checkpointing"]
+    lora += ["--precision", "bf16", "--epochs", "2"]
     whole, shards = tmp_path / "whole", tmp_path / "shards"
     train_whole(flags_of(tiny_tsv, whole, "--bs", "8", *lora), root)
-    finished(2, flags_of(tiny_tsv, shards, "--bs", "4", "--accumulation", "1", "--fsdp", *lora), root)
-    tolerance = 0.05 if more else 1e-4
-    assert list(losses(shards).values()) == pytest.approx(list(losses(whole).values()), rel=tolerance)
+    finished(2, flags_of(tiny_tsv, shards, "--bs", "4", "--fsdp", *lora), root)
+    assert list(losses(shards).values()) == pytest.approx(list(losses(whole).values()), rel=0.05)
     content = read_content(shards / "model_latest.pt")
     assert all(".lora_" in name for name in content["tensors"] if name.startswith("language."))
     assert load_checkpoint(shards / "model_latest.pt").model.language.adapters()
@@ -88,8 +79,9 @@ def test_a_batch_without_a_usable_sample_holds_nobody_up(tiny_tsv: Path, tmp_pat
     for name in ("t.caption.tsv", "t.question.tsv"):
         (folder / name).write_bytes((tiny_tsv / name).read_bytes())
     flags = flags_of(tiny_tsv, tmp_path / "run", "--bs", "1", "--fsdp", "--data_dir", str(folder), "--max_bad", "1")
+    flags += ["--epochs", "1", "--validate_every", "1000"]
     finished(2, flags, root)
-    assert len(losses(tmp_path / "run")) == 48
+    assert len(losses(tmp_path / "run")) == 12
 
 
 def test_one_process_has_nothing_to_share(tiny_tsv: Path, tmp_path: Path, root: Path) -> None:
