@@ -67,17 +67,24 @@ def shard(model: GitModel, config: Config, device: torch.device, world: int) -> 
         config: its precision is that of the products; sums of gradients are float32.
         device: of this process.
         world: number of processes.
+
+    Raises:
+        UserError: batch norms in half precision, whose statistics stay float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     half = None if config.train.precision == "fp32" else getattr(torch, DTYPES[config.train.precision])
+    if half and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.vision.modules()):
+        told = "choose a ViT, or --precision fp32"
+        raise UserError(f"--fsdp cannot shard the batch norms of '{config.vision.name}' in half precision; {told}")
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     mesh = init_device_mesh(device.type, (world,))
     for block in (*blocks(model.language.model), *blocks(model.vision)):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")
+    model.language.sharded = True
 
 
 def blocks(part: nn.Module) -> list[nn.Module]:

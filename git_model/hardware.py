@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import resource
 import sys
@@ -13,12 +14,14 @@ import torch
 
 from git_model.errors import UserError
 
+log = logging.getLogger(__name__)
+
 VOLTA_ADVICE = (
     "install torch==2.10.0, the newest default wheel with sm_70 (its driver: 525 to 580), or the cu126 build of a newer"
 )
 
 
-def check_card(device: int | None = None) -> None:
+def check_card(device: torch.device | str | int | None = None) -> None:
     """Say at the start that this build of torch has no kernels for the card: its own error comes late, and is obscure.
 
     Raises:
@@ -80,6 +83,16 @@ def check_precision(precision: str, dtype: str) -> None:
         raise UserError(f"{card} has no bf16 arithmetic; choose --precision fp16")
     if dtype == "bfloat16":
         raise UserError(f"{card} has no bf16 arithmetic; choose --lm_dtype float16 and --precision fp16")
+
+
+def suited_dtype(dtype: str, device: torch.device | str) -> str:
+    """Return a half-precision type that the device has arithmetic for: a V100 reads what an A100 trained."""
+    if dtype != "bfloat16" or torch.device(device).type != "cuda":
+        return dtype
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return dtype
+    log.warning("%s has no bf16 arithmetic: float16 instead", torch.cuda.get_device_name(device))
+    return "float16"
 
 
 def reset_peak_memory(device: torch.device) -> None:

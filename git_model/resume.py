@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,9 @@ def fingerprint(world: int) -> dict[str, Any]:
     """Return what decides the last bits of a step, apart from settings and data."""
     import transformers
 
+    used = {name: version(name) for name in ("bitsandbytes", "peft") if name in sys.modules}
     return {
+        **used,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -52,12 +52,11 @@ class Run:
         source = build_source(config.data.train, config.data.dir)
         val_source = build_source(config.data.val, config.data.dir)
 
-        # a small decoder's tokenizer comes from the texts at hand
         self.saves, world = Saves(self.folder, options.keep), self.accelerator.num_processes
         found = self._newest_save() if options.resume == "auto" else None
         latest = resume.read_model(found, config, world) if found else None
         tokenizer = None
-        if config.language.name == "small":
+        if config.language.name == "small":  # its tokenizer comes from the texts at hand
             saved: Any = latest and latest["tokenizer"]
             size = config.language.small.vocab_size
             tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
@@ -220,8 +219,8 @@ class Run:
         """Write one model file, on the main process."""
         tensors = self._held()
         if self.accelerator.is_main_process:
-            world, told = self.accelerator.num_processes, {"metrics": self.scores, "tensors": tensors}
-            where = {"step": self.step, "epoch": self.epoch, "world": world}
+            where = {"step": self.step, "epoch": self.epoch, "world": self.accelerator.num_processes}
+            told = {"metrics": self.scores, "tensors": tensors}
             checkpoint.save_checkpoint(self.folder / name, self.raw_model, self.config, **where, **told)
 
     def save_latest(self) -> None:

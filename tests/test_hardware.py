@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from git_model.errors import UserError
-from git_model.hardware import check_card, check_precision, peak_memory, reset_peak_memory, runs_on
+from git_model.hardware import check_card, check_precision, peak_memory, reset_peak_memory, runs_on, suited_dtype
+from git_model.tasks.captioner import pick_device
 
 # torch.cuda.get_arch_list() of the default wheels of 2.10.0 (CUDA 12.8) and 2.13.0 (CUDA 13.0)
 OLD = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -69,6 +70,24 @@ def test_bf16_on_a_v100_is_refused_though_torch_would_emulate_it(monkeypatch: py
     check_precision("fp16", "float16")
     card(monkeypatch, "A100", (8, 0), OLD)
     check_precision("bf16", "bfloat16")
+
+
+def test_what_an_a100_trained_is_read_by_a_v100(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card(monkeypatch, "Tesla V100", (7, 0), OLD)
+    assert suited_dtype("bfloat16", "cuda:0") == "float16"
+    assert "Tesla V100 has no bf16 arithmetic: float16 instead" in caplog.text
+    assert suited_dtype("float32", "cuda:0") == "float32"
+    assert suited_dtype("bfloat16", "cpu") == "bfloat16"
+    card(monkeypatch, "A100", (8, 0), OLD)
+    assert suited_dtype("bfloat16", "cuda:0") == "bfloat16"
+
+
+def test_inference_looks_at_the_card_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, "Tesla V100", (7, 0), NEW)
+    with pytest.raises(UserError, match=r"install torch==2.10.0"):
+        pick_device("cuda")
 
 
 def test_fp16_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -119,26 +121,55 @@ def test_checkpointed_activations_change_nothing(
     assert less == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fallback_is_the_dequantised_product(decoders: dict[str, Path], dtype: torch.dtype) -> None:
-    """Ours on any card == bitsandbytes' own on a CPU in training, to the bit; forward and backward."""
+def int8_layer(decoder: Path, how: str, dtype: torch.dtype) -> Any:
     from bitsandbytes.nn import Linear8bitLt
 
-    config = LanguageConfig(name=str(decoders["opt"]), bits=8)
-    layers = []
-    for how in ("llm.int8", "dequantised"):
-        chosen = LanguageConfig(name=config.name, bits=8, int8=how)
-        model = load_quantised(chosen, dtype, torch.device("cpu")).train()
-        layers.append(next(m for m in model.modules() if isinstance(m, Linear8bitLt)))
-    assert type(layers[0]) is not type(layers[1])
-    results: list[tuple[Any, Any]] = []
-    for layer in layers:
-        x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-        y = layer(x)
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
-        results.append((y.detach(), x.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    model = load_quantised(LanguageConfig(name=str(decoder), bits=8, int8=how), dtype, torch.device("cpu"))
+    return next(m for m in model.modules() if isinstance(m, Linear8bitLt))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_products_are_those_of_bitsandbytes(decoders: dict[str, Path], dtype: torch.dtype) -> None:
+    """Both ways, to the bit, forward and backward; the other side is the package's own autograd functions."""
+    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+
+    for how, other in (("dequantised", MatMul8bitFp), ("llm.int8", MatMul8bitLt)):
+        layer = int8_layer(decoders["opt"], how, dtype)
+        results: list[tuple[Any, Any]] = []
+        for ours in (True, False):
+            x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            bias = layer.bias.to(dtype)
+            y = layer(x) if ours else other.apply(x, layer.weight, None, bias, layer.state)
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
+            results.append((y.detach(), x.grad))
+        assert torch.equal(results[0][0], results[1][0]), how
+        assert torch.equal(results[0][1], results[1][1]), how
+
+
+@pytest.mark.parametrize("how", ["llm.int8", "dequantised"])
+def test_checkpointed_activations_are_freed(how: str, decoders: dict[str, Path]) -> None:
+    """bitsandbytes' own function keeps its inputs where checkpointing cannot free them."""
+    config = LanguageConfig(name=str(decoders["llama"]), bits=8, int8=how)
+    model = build_decoder(config, None).requires_grad_(False).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    seen: list[Any] = []
+    for name, layer in model.named_modules():
+        if name.endswith("down_proj"):
+            layer.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    embeds = torch.randn(1, 6, 64).requires_grad_()
+    out = model(inputs_embeds=embeds, use_cache=False).logits.sum()
+    gc.collect()
+    assert len(seen) == 2
+    assert not [reference for reference in seen if reference() is not None]
+    out.backward()
+    assert embeds.grad is not None
+
+
+def test_no_line_for_every_layer(decoders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes logs each cast: hundreds of lines a token of a big model."""
+    layer = int8_layer(decoders["llama"], "llm.int8", torch.bfloat16)
+    layer(torch.randn(1, 64))
+    assert "inputs will be cast" not in caplog.text
 
 
 def test_bitsandbytes_own_product_trains_too(decoders: dict[str, Path], tiny_tsv: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from git_model.architecture import DTYPES
 from git_model.config import Config
 from git_model.errors import UserError
+from git_model.hardware import suited_dtype
 from git_model.models.decoders import build_decoder, decoder_width
 from git_model.models.git import GitModel
 from git_model.models.hub import check_name
@@ -55,6 +56,7 @@ def build_model(
     adapted = bool(config.language.lora.rank)
     if dtype == "auto":
         dtype = DTYPES[config.train.precision] if "language" in frozen or adapted else "float32"
+    dtype = suited_dtype(dtype, device)
     hf_model = build_decoder(replace(config.language, dtype=dtype), tokenizer, "language" not in held, device)
     language = LanguageModel(
         hf_model,

@@ -108,6 +108,7 @@ class LanguageModel(nn.Module):
         model.generation_config = GenerationConfig()  # a hub's own penalties would leak into what we call greedy
         config = model.config
         self.compute = compute
+        self.sharded = False  # over processes, which then have to take every step together
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         learned = config.model_type in ("gpt2", "opt", "gpt_neo", "gpt_bigcode")  # the others rotate: no table
@@ -123,7 +124,7 @@ class LanguageModel(nn.Module):
         return {f"model.{name}": p for name, p in adapters(self.model).items()}
 
     def merge_adapters(self) -> None:
-        """Add the adapters to the weights and take them out; the weights had better not be quantised."""
+        """Add the adapters to the weights, which become float32, and take them out; not for quantised weights."""
         merge_adapters(self.model)
 
     def embed(self, batch: CaptionBatch, image_tokens: Tensor) -> Tensor:
@@ -208,7 +209,10 @@ class LanguageModel(nn.Module):
         half = self.compute in (torch.float16, torch.bfloat16)
         with self._prefill_mask(batch), torch.autocast(embeds.device.type, self.compute, enabled=half):
             return self.model.generate(
-                inputs_embeds=embeds, attention_mask=batch.attention_mask.long(), **settings
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask.long(),
+                synced_gpus=self.sharded,
+                **settings,
             )  # (R,new)
 
     def _mask(self, batch: CaptionBatch, dtype: torch.dtype) -> Tensor:

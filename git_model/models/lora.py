@@ -62,7 +62,9 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add every adapter to the weights it stands beside, and take it out.
+    """Add every adapter to the weights it stands beside, in float32, and take it out.
+
+    In half precision most of what an adapter learned would be lost in the rounding: who wants it, rounds the sum.
 
     Raises:
         ValueError: an adapter holds values that are not finite.
@@ -71,5 +73,6 @@ def merge_adapters(model: nn.Module) -> None:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
+            layer.get_base_layer().float()
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())

@@ -8,7 +8,6 @@ time. NF4 (QLoRA, arXiv 2305.14314) always works that way.
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import bitsandbytes as bnb
@@ -37,8 +36,8 @@ def load_quantised(config: LanguageConfig, compute: torch.dtype, device: torch.d
         UserError: 'llm.int8' on a card that has no such arithmetic.
     """
     how = int8_product(config.int8, device) if config.bits == 8 else ""
-    # bitsandbytes tells of its casts once for every layer
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # bitsandbytes tells of its casts for every layer, at every token
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(
         config.name, quantization_config=recipe(config.bits, compute), dtype=compute, device_map={"": str(device)}
     )
@@ -46,8 +45,8 @@ def load_quantised(config: LanguageConfig, compute: torch.dtype, device: torch.d
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     for layer in model.modules():
-        if isinstance(layer, bnb.nn.Linear8bitLt) and how == "dequantised":
-            layer.__class__ = DequantisedLinear  # the same weights, another product
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            layer.__class__ = Int8Linear if how == "llm.int8" else DequantisedLinear  # the same weights, our product
         if isinstance(layer, bnb.nn.Linear4bit):
             # bitsandbytes 0.50 packs NF4 weights anew in a CPU's first forward without gradients: no gradient passes
             # through them after that (a validation would end the learning), and saving them spoils them
@@ -89,11 +88,14 @@ def int8_product(chosen: str, device: torch.device) -> str:
     return "dequantised"
 
 
-class DequantisedLinear(bnb.nn.Linear8bitLt):
-    """A layer of 8-bit weights that multiplies in the activations' type: y = x W^T + b, W = CB * SCB / 127.
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """A layer of 8-bit weights, W = CB * SCB / 127: y = x W^T + b in the type of the activations, or of autocast.
 
-    Equal to bitsandbytes' own dequantised product, which it takes on CPUs in training.
+    bitsandbytes' own layer keeps its input beside autograd's saved tensors, where checkpointed activations cannot free
+    it, and multiplies gradients in float32 wherever a norm comes before it.
     """
+
+    llm_int8 = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,in) -> (...,out)."""
@@ -102,23 +104,33 @@ class DequantisedLinear(bnb.nn.Linear8bitLt):
         given, kind = x.dtype, x.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given
         bias = None if self.bias is None else self.bias.to(compute)
-        return DequantisedProduct.apply(x.to(compute), self.state.CB, self.state.SCB, bias).to(given)
+        with torch.autocast(kind, enabled=False):
+            return Int8Product.apply(x.to(compute), self.weight, self.state, bias, self.llm_int8).to(given)
 
 
-class DequantisedProduct(torch.autograd.Function):
+class DequantisedLinear(Int8Linear):
+    """The same, W made for each product; equal to bitsandbytes' MatMul8bitFp."""
+
+    llm_int8 = False
+
+
+class Int8Product(torch.autograd.Function):
     """x W^T + b of 8-bit rows and their scales; the backward pass makes W again, so that none is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """(...,in), int8 (out,in), (out,), (out,) -> (...,out)."""
-        ctx.save_for_backward(rows, scales)
-        return F.linear(x, dequantised(rows, scales, x.dtype), bias)  # (...,out)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, llm_int8: bool) -> Tensor:
+        """(...,in), int8 (out,in), the scales (out,) in `state`, (out,) -> (...,out)."""
+        ctx.save_for_backward(state.CB, state.SCB)
+        if not llm_int8:
+            return F.linear(x, dequantised(state.CB, state.SCB, x.dtype), bias)  # (...,out)
+        state.is_training = False  # on a CPU, too: the product that cards have
+        return bnb.matmul(x, weight, bias=bias, state=state)  # (...,out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         """(...,out) -> (...,in)."""
         rows, scales = ctx.saved_tensors
-        return grads[0] @ dequantised(rows, scales, grads[0].dtype), None, None, None
+        return grads[0] @ dequantised(rows, scales, grads[0].dtype), None, None, None, None
 
 
 def dequantised(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -268,12 +268,16 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    from git_model.hardware import check_card
+
     if name == "auto":
         if not torch.cuda.is_available():
             return "cpu"
         # torchrun's, or srun's; where each task sees one GPU only, that is number 0
         own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        return f"cuda:{int(own) % torch.cuda.device_count()}"
+        name = f"cuda:{int(own) % torch.cuda.device_count()}"
+    if name.startswith("cuda"):
+        check_card()
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

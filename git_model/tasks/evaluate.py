@@ -62,8 +62,9 @@ def evaluate(
     from git_model.training import SampleLedger, collators
     from git_model.validation import eval_batches, eval_data, predict, scores
 
-    loaded = load_checkpoint(model_path)
-    config, model, where = loaded.config, loaded.model, pick_device(device)
+    where = pick_device(device)
+    loaded = load_checkpoint(model_path, device=where)
+    config, model = loaded.config, loaded.model
     entries = _entries(config, image_tsv, caption_tsv, question_tsv, source)
     records = build_source(entries, data_dir)
     data = eval_data(config, records, model.vision.resolution)

@@ -35,9 +35,9 @@ def export(
     _check_out_dir(Path(out_dir), Path(model_path))
     import torch
 
-    loaded, reason = _judged(model_path, format)
-    as_llava = format != "native" and not reason
     kind = None if dtype == "auto" else getattr(torch, dtype)
+    loaded, reason = _judged(model_path, format, kind)
+    as_llava = format != "native" and not reason
     told = {"format": "llava" if as_llava else "native", "step": loaded.step, "metrics": loaded.metrics}
 
     def write(folder: Path) -> None:
@@ -57,13 +57,14 @@ def export(
     return result
 
 
-def whole_model(path: str) -> Loaded:
+def whole_model(path: str, dtype: Any = None) -> Loaded:
     """Load a checkpoint with every weight as a plain tensor: the only form that can be written.
 
     What was trained on 8 or 4 bits gets the language model's own weights back, adapters are merged into them.
 
     Args:
         path: a checkpoint, or a native folder.
+        dtype: of a decoder with adapters merged; None = its own.
 
     Raises:
         UserError: see `load_checkpoint`.
@@ -75,12 +76,15 @@ def whole_model(path: str) -> Loaded:
 
     loaded = load_checkpoint(path, bits=16)
     if loaded.config.language.lora.rank:
+        decoder = loaded.model.language.model
+        own = decoder.dtype
         loaded.model.language.merge_adapters()
+        decoder.to(dtype or own)
         loaded.config = replace(loaded.config, language=replace(loaded.config.language, lora=LoraConfig()))
     return loaded
 
 
-def _judged(model_path: str, format: str) -> tuple[Loaded, str]:
+def _judged(model_path: str, format: str, dtype: Any) -> tuple[Loaded, str]:
     """Load a model and say why it can be no LLaVA ('' where it can).
 
     Raises:
@@ -98,7 +102,7 @@ def _judged(model_path: str, format: str) -> tuple[Loaded, str]:
 
     if format == "llava" and Path(model_path).is_file():
         judge(config_refusal(from_dict(Config, read_content(Path(model_path)).get("config", {}))))
-    loaded = whole_model(model_path)
+    loaded = whole_model(model_path, dtype)
     return loaded, judge(config_refusal(loaded.config) or model_refusal(loaded.model))
 
 
