@@ -1,7 +1,7 @@
 """What 8 and 4 bits of a frozen decoder cost and save: peak memory, images/s, loss, beside 16 bits (bfloat16).
 
-Every line is a training process of its own (train.py, a random LLaMA-shaped decoder, drawn pictures): the mapper alone,
-then LoRA. `peak` is the card's memory, on a CPU that of the whole process from the first step on (loading takes more).
+Every line is a training process of its own (train.py, a random decoder, drawn pictures): the mapper alone, then LoRA.
+`peak` is the card's memory, on a CPU that of the whole process from the first step on (loading takes more).
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def save_decoder(folder: Path, width: int, depth: int) -> int:
+def save_decoder(folder: Path, architecture: str, width: int, depth: int) -> int:
     """Write a random decoder in bfloat16 with a byte tokenizer; return how many parameters it has."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
     from git_model.tokens import train_tokenizer
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
+    heads = width // 64
     ids = {"vocab_size": 257, "bos_token_id": 0, "eos_token_id": 0}
-    config = LlamaConfig(**sizes, **ids, num_attention_heads=width // 64, max_position_embeddings=512)
+    body = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, **ids}
+    config: Any = LlamaConfig(**body, intermediate_size=2 * width, max_position_embeddings=512)
+    if architecture == "opt":
+        config = OPTConfig(**body, ffn_dim=4 * width, word_embed_proj_dim=width, max_position_embeddings=512)
+    if architecture == "gpt2":
+        config = GPT2Config(n_embd=width, n_layer=depth, n_head=heads, n_positions=512, **ids)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     train_tokenizer([], 257).save_pretrained(folder)
@@ -65,6 +70,7 @@ def trained(folder: Path, bits: int, rank: int, batch: int, precision: str) -> d
 def main() -> None:
     """Print a line for each number of bits and each way of training."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architecture", default="llama", choices=["llama", "opt", "gpt2"])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--images", type=int, default=16)
@@ -75,7 +81,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parameters = save_decoder(folder / "decoder", given.width, given.depth)
+        parameters = save_decoder(folder / "decoder", given.architecture, given.width, given.depth)
         task = f"{{'type': 'make_shapes', 'out_dir': '{folder / 'data'}', 'train': {given.images}, 'test': 2}}"
         subprocess.run([sys.executable, "inference.py", "-p", task], cwd=ROOT, check=True, capture_output=True)
         print(f"{parameters / 1e6:,.0f} million weights, {given.images // given.batch} steps of {given.batch} pictures")
