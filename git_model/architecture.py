@@ -147,6 +147,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check(self.rank >= 0, f"language.lora.rank {self.rank} is below 0")
+        idle = self.rank == 0 and (self.targets or self.dropout or self.alpha != LoraConfig.alpha)
+        check(not idle, "language.lora.alpha, dropout and targets (--lora_...) do nothing without --lora_rank")
         check(self.alpha > 0, f"language.lora.alpha {self.alpha} is not above 0")
         check(0 <= self.dropout < 1, f"language.lora.dropout {self.dropout} is not in [0, 1)")
 

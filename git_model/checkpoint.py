@@ -49,12 +49,14 @@ class Loaded:
         config: the run's.
         metrics: the scores noted when it was saved.
         step: optimiser steps done.
+        trained_bits: of the language model's weights in training, where `config` now says otherwise.
     """
 
     model: GitModel
     config: Config
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
+    trained_bits: int = 16
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -202,8 +204,9 @@ def load_checkpoint(
     text = content.get("tokenizer")
     held = _held(path, content)
     frozen = content.get("frozen", {})
-    requantised = bits is not None and bits != config.language.bits
-    if requantised:
+    trained_bits = config.language.bits
+    requantised = bits is not None and bits != trained_bits
+    if bits is not None:
         config = replace(config, language=replace(config.language, bits=bits))
     model = build_model(config, tokenizer_from_json(text) if text else None, held - set(frozen), device)
     own = identify(model)
@@ -214,7 +217,7 @@ def load_checkpoint(
             continue
         if "fingerprint" in known and own.get(part) != known["fingerprint"]:
             log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
-    return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)))
+    return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)), trained_bits)
 
 
 def _held(path: Path, content: Mapping[str, Any]) -> set[str]:

@@ -90,7 +90,8 @@ class TrainConfig:
     """gradient norm; 0 = off"""
     label_smoothing: float = 0.0
     freeze: tuple[str, ...] = ("auto",)
-    """'auto': the language model when it is pretrained (as the original); 'nothing'; or parts by name"""
+    """'auto': the language model when it is pretrained (as the original); 'nothing'; or parts by name. Under adapters
+    the language model is frozen in any case"""
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Iterable
 
 PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
+
+LOST_PEER = re.compile(r"Connection (closed|reset) by peer|NCCL.*remote process exited", re.DOTALL)
 
 EXIT_OK = 0
 EXIT_USAGE = 2  # bad input: one line, no traceback
@@ -67,6 +70,8 @@ def explain(error: BaseException, interrupted: str = "interrupted") -> tuple[int
         return EXIT_USAGE, str(error)
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, interrupted
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        return 1, "another process of this run ended first; its own line says why"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("git_model"):
         return (
             EXIT_USAGE,

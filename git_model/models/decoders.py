@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from git_model.architecture import LanguageConfig
 from git_model.errors import UserError
 from git_model.models.hub import check_name
-from git_model.models.lora import add_adapters
+from git_model.models.lora import add_adapters, check_targets
 
 
 def build_decoder(
@@ -35,6 +36,13 @@ def build_decoder(
     try:
         if not load_weights:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
+        if config.bits < 16 or config.lora.rank:
+            quiet_bitsandbytes()
+        if config.lora.targets:  # before gigabytes are read
+            with torch.device("meta"):
+                check_targets(
+                    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name)), config.lora.targets
+                )
         if config.bits < 16:
             from git_model.models.quantised import load_quantised
 
@@ -49,6 +57,12 @@ def build_decoder(
     if config.lora.rank:
         add_adapters(model, config.lora)
     return model
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep its notes to itself: of a package that makes CPUs faster, and of every layer's casts at every token."""
+    for name in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
 
 
 def decoder_width(config: LanguageConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +24,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     from peft import TaskType, inject_adapter_in_model
 
     targets = config.targets or usual_targets(model)
-    linear = layer_names(model)
-    if wrong := [name for name in targets if name not in linear and name != ALL]:
-        told = f"--lora_targets '{wrong[0]}'{nearest(wrong[0], linear)}: this decoder's layers are"
-        raise UserError(f"{told} {', '.join(sorted(linear))}; or {ALL}")
+    check_targets(model, targets)
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[bad-argument-type]  # peft's scaling takes any number
@@ -39,6 +37,18 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         inject_adapter_in_model(settings, model)
     for parameter in adapters(model).values():
         parameter.data = parameter.data.float()
+
+
+def check_targets(model: Any, targets: Sequence[str]) -> None:
+    """Hold the names of layers against those a decoder has; one without weights will do.
+
+    Raises:
+        UserError: a target that is no layer of this decoder.
+    """
+    linear = layer_names(model)
+    if wrong := [name for name in targets if name not in linear and name != ALL]:
+        told = f"--lora_targets '{wrong[0]}'{nearest(wrong[0], linear)}: this decoder's layers are"
+        raise UserError(f"{told} {', '.join(sorted(linear))}; or {ALL}")
 
 
 def usual_targets(model: Any) -> tuple[str, ...]:

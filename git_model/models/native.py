@@ -132,7 +132,9 @@ def read_native(folder: Path) -> tuple[GitModel, Config, dict[str, Any]]:
         UserError: not such a folder; damaged (exit code 76).
     """
     if not is_native(folder):
-        raise UserError(f"{folder} is no folder that the task 'export' wrote in its native format")
+        inside = sorted(path.name for path in folder.glob("model*.pt"))
+        hint = f"; give a checkpoint in it, such as {folder / inside[0]}" if inside else ""
+        raise UserError(f"{folder} is no folder that the task 'export' wrote in its native format{hint}")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

@@ -36,8 +36,6 @@ def load_quantised(config: LanguageConfig, compute: torch.dtype, device: torch.d
         UserError: 'llm.int8' on a card that has no such arithmetic.
     """
     how = int8_product(config.int8, device) if config.bits == 8 else ""
-    # bitsandbytes tells of its casts for every layer, at every token
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(
         config.name, quantization_config=recipe(config.bits, compute), dtype=compute, device_map={"": str(device)}
     )

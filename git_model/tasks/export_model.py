@@ -52,6 +52,10 @@ def export(
     result: dict[str, Any] = {"out_dir": out_dir, "format": told["format"], "dtype": dtype}
     if format == "auto" and reason:
         result["why_not_llava"] = reason
+    if loaded.trained_bits < 16:
+        result["note"] = (
+            f"trained on {loaded.trained_bits} bits, written with the language model's own weights: texts may differ"
+        )
     files = sorted(p for p in Path(out_dir).rglob("*") if p.is_file())
     result["files"] = {str(p.relative_to(out_dir)): p.stat().st_size for p in files}
     return result
