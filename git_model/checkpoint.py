@@ -110,11 +110,11 @@ def model_file(
         epoch: the one the next step is in.
         metrics: the last validation's.
         world: number of processes.
+        tensors: `held_tensors` of the model, where they were gathered before.
     """
     names = {"vision": config.vision.name, "mapper": config.mapper.type, "language": config.language.name}
-    fetched = fetched_parts(model)
     known = model.fingerprints or identify(model)
-    frozen = {part: {"name": names[part], "fingerprint": known[part]} for part in fetched}
+    frozen = {part: {"name": names[part], "fingerprint": known[part]} for part in fetched_parts(model)}
     small = config.language.name == "small"
     content = {
         "format": FORMAT,

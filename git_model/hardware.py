@@ -21,7 +21,7 @@ VOLTA_ADVICE = (
 )
 
 
-def check_card(device: torch.device | str | int | None = None) -> None:
+def check_card(device: str | None = None) -> None:
     """Say at the start that this build of torch has no kernels for the card: its own error comes late, and is obscure.
 
     Raises:

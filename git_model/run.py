@@ -119,6 +119,7 @@ class Run:
         self.optimizer = self.accelerator.prepare(self.optimizer)
         self.model: Any = self.raw_model if options.fsdp else self.accelerator.prepare(self.raw_model)
         self.scaler = self.accelerator.scaler
+        self.gathers = self.accelerator.is_main_process or options.fsdp  # what a save holds: the writer, or all shards
 
     def steps(self) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
@@ -217,7 +218,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write one model file, on the main process."""
-        tensors = self._held()
+        tensors = held_tensors(self.raw_model) if self.gathers else {}
         if self.accelerator.is_main_process:
             where = {"step": self.step, "epoch": self.epoch, "world": self.accelerator.num_processes}
             told = {"metrics": self.scores, "tensors": tensors}
@@ -228,7 +229,8 @@ class Run:
         from accelerate.utils import gather_object
 
         samples = training.merge_ledgers(gather_object([self.ledger.state()]))
-        tensors, optimizer = self._held(), engine.optimizer_state(self.optimizer)
+        tensors = held_tensors(self.raw_model) if self.gathers else {}
+        optimizer = engine.optimizer_state(self.optimizer) if self.gathers else {}
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -248,11 +250,6 @@ class Run:
             world = self.accelerator.num_processes
             resume.save(self.saves, self.raw_model, self.config, state, self.scores, world, tensors)
         self.accelerator.wait_for_everyone()
-
-    def _held(self) -> dict[str, Any]:
-        """Return what a checkpoint holds; the shards of all processes come together."""
-        needed = self.accelerator.is_main_process or self.config.train.fsdp
-        return held_tensors(self.raw_model) if needed else {}
 
     def finish(self) -> dict[str, float]:
         """Write the report and the loss curve, leave the process group; return the last scores."""

@@ -47,9 +47,8 @@ def part_tensors(model: GitModel, part: str) -> dict[str, Tensor]:
 def held_tensors(model: GitModel) -> dict[str, Tensor]:
     """Return all that a checkpoint holds, on the CPU, by `part.name`; of a sharded model every process has to ask."""
     held: dict[str, Tensor] = {}
-    for part in saved_parts(
-        model
-    ):  # state_dict() of a part shards again what a validation left whole: adapters come last
+    # in this order: a part's state_dict() shards again what a validation left whole, which adapters alone would not
+    for part in saved_parts(model):
         held |= {f"{part}.{name}": whole(t.detach()).cpu() for name, t in part_tensors(model, part).items()}
     return held
 

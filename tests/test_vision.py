@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 import pickle
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from serving import serving
 from torch import Tensor, nn
 
 from git_model.architecture import SmallVisionConfig, VisionConfig
@@ -399,12 +399,8 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     monkeypatch.setenv("no_proxy", "*")
     server = Shop(("127.0.0.1", 0), _Counter)
     server.files = {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def offer(shop: Shop, body: bytes, sha256: str | None = None) -> dict[str, str]:

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from serving import serving
 from tiny import byte_tokenizer
 
 import download
@@ -98,12 +98,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "lab/old": {**{k: v for k, v in files.items() if not k.endswith(".safetensors")}, "pytorch_model.bin": other},
         "lab/none": {"config.json": b"{}", "model.onnx": b"x"},
     }
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def fetch(root: Path, home: Path, endpoint: str, *names: str, **more: str) -> tuple[int, str, str, float]:
@@ -187,19 +183,15 @@ def test_clip_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (tmp_path / "shop" / digest).mkdir(parents=True)
     (tmp_path / "shop" / digest / "Tiny.pt").write_bytes(body)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shop)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "clip"))
     address = f"http://127.0.0.1:{server.server_address[1]}/{digest}/Tiny.pt"
     monkeypatch.setattr(openai_clip, "weight_urls", lambda: {"Tiny": address})
-    assert download.main(["--weights", "Tiny"]) == 0
+    with serving(server):
+        assert download.main(["--weights", "Tiny"]) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"Tiny\t{tmp_path}/clip/Tiny.pt\n")
     assert f"CLIP_CACHE={tmp_path}/clip HF_HUB_OFFLINE=1" in told
-    server.shutdown()
-    thread.join()
-    server.server_close()
     assert download.main(["--weights", "Tiny"]) == 0, "it is there"
     (tmp_path / "clip" / "Tiny.pt").unlink()
     assert download.main(["--weights", "Tiny"]) == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from git_model.errors import UserError
+from git_model.saves import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +105,7 @@ def write_all(files: Iterable[tuple[Path, Iterable[bytes | memoryview]]], mtime_
             path.unlink(missing_ok=True)
         for path, part in parts.items():
             part.replace(path)
-        folder = os.open(next(iter(parts)).parent, os.O_RDONLY)
-        with suppress(OSError):  # not every file system can sync a folder
-            os.fsync(folder)
-        os.close(folder)
+        sync_folder(next(iter(parts)).parent)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)

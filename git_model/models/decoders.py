@@ -10,7 +10,7 @@ import torch
 from git_model.architecture import LanguageConfig
 from git_model.errors import UserError
 from git_model.models.hub import check_name
-from git_model.models.lora import add_adapters, check_targets
+from git_model.models.lora import add_adapters, chosen_targets
 
 
 def build_decoder(
@@ -36,13 +36,13 @@ def build_decoder(
     try:
         if not load_weights:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
+        targets: tuple[str, ...] = ()
         if config.bits < 16 or config.lora.rank:
             quiet_bitsandbytes()
-        if config.lora.targets:  # before gigabytes are read
+        if config.lora.rank:
             with torch.device("meta"):
-                check_targets(
-                    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name)), config.lora.targets
-                )
+                skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name))
+            targets = chosen_targets(skeleton, config.lora)
         if config.bits < 16:
             from git_model.models.quantised import load_quantised
 
@@ -55,7 +55,7 @@ def build_decoder(
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the language model '{config.name}': {reason}") from error
     if config.lora.rank:
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, targets)
     return model
 
 

@@ -14,17 +14,17 @@ from git_model.errors import UserError, nearest
 ALL = "all-linear"
 
 
-def add_adapters(model: Any, config: LoraConfig) -> None:
+def add_adapters(model: Any, config: LoraConfig, targets: Sequence[str]) -> None:
     """Put adapters into a Hugging Face decoder, in place; they alone are trained, in float32.
 
-    Raises:
-        UserError: a target that is no layer of this decoder.
+    Args:
+        model: with its weights.
+        config: how large, how strong.
+        targets: see `chosen_targets`.
     """
     from peft import LoraConfig as PeftConfig
     from peft import TaskType, inject_adapter_in_model
 
-    targets = config.targets or usual_targets(model)
-    check_targets(model, targets)
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[bad-argument-type]  # peft's scaling takes any number
@@ -39,16 +39,17 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         parameter.data = parameter.data.float()
 
 
-def check_targets(model: Any, targets: Sequence[str]) -> None:
-    """Hold the names of layers against those a decoder has; one without weights will do.
+def chosen_targets(model: Any, config: LoraConfig) -> tuple[str, ...]:
+    """Return the names of the layers that get adapters; a decoder without weights will do, before gigabytes are read.
 
     Raises:
         UserError: a target that is no layer of this decoder.
     """
-    linear = layer_names(model)
+    targets, linear = config.targets or usual_targets(model), layer_names(model)
     if wrong := [name for name in targets if name not in linear and name != ALL]:
         told = f"--lora_targets '{wrong[0]}'{nearest(wrong[0], linear)}: this decoder's layers are"
         raise UserError(f"{told} {', '.join(sorted(linear))}; or {ALL}")
+    return targets
 
 
 def usual_targets(model: Any) -> tuple[str, ...]:

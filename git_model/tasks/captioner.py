@@ -276,9 +276,9 @@ def pick_device(name: str) -> str:
         # torchrun's, or srun's; where each task sees one GPU only, that is number 0
         own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         name = f"cuda:{int(own) % torch.cuda.device_count()}"
-    if name.startswith("cuda"):
-        check_card()
     try:
+        if name.startswith("cuda"):
+            check_card(name)
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used here; one of: auto, cpu, cuda, cuda:0, ...") from error

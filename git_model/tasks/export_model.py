@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from git_model.errors import UserError
+from git_model.saves import sync_folder
 from git_model.tasks.options import check_model_path
 
 if TYPE_CHECKING:
@@ -142,7 +143,11 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         for path in [*sorted(part.rglob("*")), part]:
-            _sync(path)
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if out.is_dir():
             out.rename(old)
         try:
@@ -151,21 +156,10 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
             if old.is_dir():
                 old.rename(out)
             raise
-        _sync(out.parent)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if path.is_file():  # not every file system can sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_llava(folder: Path, loaded: Loaded, dtype: Any, told: dict[str, Any]) -> None:
