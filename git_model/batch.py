@@ -68,7 +68,7 @@ class CaptionBatch:
     several segments a row ("packed") let all captions and questions of an image share its tokens.
 
     Args:
-        images: (I,3,H,W) uint8, every distinct image of the batch once; or (I,K,E), its image tokens made before.
+        images: (I,3,H,W) uint8, every distinct image of the batch once; or its features (I,N,D), made before.
         image_index: (S,) long; which image fills the s-th slot, slots in row-major order.
         input_ids: (R,T) long; image slots and padding hold the pad id.
         image_mask: (R,T) bool; True where an image token goes, K in a row for each slot.
@@ -82,6 +82,10 @@ class CaptionBatch:
         targets: per row the targets its segments stand for, in order.
         skipped: records left out of this batch.
         truncated: how many targets were cut to the text limit.
+        predictors: (L,) long; where in the flattened rows each of the L target tokens is predicted; from `sources`.
+        wanted: (L,) long; those target tokens; from `labels`.
+        packed: whether a row holds more than one segment; from `segments`.
+        longest: positions in use; from `positions`.
     """
 
     images: Tensor
@@ -97,11 +101,29 @@ class CaptionBatch:
     targets: tuple[tuple[Target, ...], ...] = ()
     skipped: tuple[BadSample, ...] = field(default=())
     truncated: int = 0
+    predictors: Tensor = None  # type: ignore[assignment]
+    wanted: Tensor = None  # type: ignore[assignment]
+    packed: bool = None  # type: ignore[assignment]
+    longest: int = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        # read off once, where the batch is made: asking the tensors later would make a GPU wait
+        if self.wanted is not None:
+            return
+        rows, columns = (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        told = {
+            "predictors": rows * self.labels.shape[1] + self.sources[rows, columns],
+            "wanted": self.labels[rows, columns],
+            "packed": bool((self.segments > 1).any()),
+            "longest": int(self.positions.max()) + 1 if self.positions.numel() else 0,
+        }
+        for name, value in told.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_targets(self) -> int:
         """How many tokens of this batch are trained on."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return len(self.wanted)
 
     def pin_memory(self) -> CaptionBatch:
         """Return the batch with its tensors in pinned memory, for the loader."""

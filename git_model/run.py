@@ -66,7 +66,7 @@ class Run:
         if options.gradient_checkpointing:
             self.raw_model.checkpoint_activations()
         self.raw_model.train()
-        self.teach, _ = training.collators(self.raw_model, config)
+        self.teach = training.teaching(self.raw_model, config)
 
         resolution = self.raw_model.vision.resolution
         self.data = training.training_data(config, source, resolution)

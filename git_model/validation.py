@@ -18,7 +18,7 @@ from git_model.metrics.caption import cider
 from git_model.metrics.vqa import exact_accuracy
 from git_model.models.git import GitModel
 from git_model.models.language import Decoding
-from git_model.training import SampleLedger, collators
+from git_model.training import SampleLedger, asking, teaching
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ def predict(
     device: Any,
     ledger: SampleLedger | None = None,
 ) -> Iterator[Prediction]:
-    """Yield what the model says to every row of left-padded batches; `ledger` counts what was skipped."""
+    """Yield what the model says to every prompt of the batches; `ledger` counts what was skipped."""
     for batch in batches:
         if ledger is not None:
             ledger.add(batch)
         texts = model.generate(batch.to(device), decoding)
-        for key, (target,), text in zip(batch.keys, batch.targets, texts, strict=True):
+        asked = [(key, target) for key, row in zip(batch.keys, batch.targets, strict=True) for target in row]
+        for (key, target), text in zip(asked, texts, strict=True):
             yield Prediction(key, target, text)
 
 
@@ -116,7 +117,7 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    teach, ask = collators(model, config)
+    teach, ask = teaching(model, config), asking(model)
     limit, size = config.train.validate_samples, max(1, config.train.batch_size)
 
     def batches(collator: Collator) -> Iterator[CaptionBatch]:

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,7 @@ def test_every_combination_trains_or_is_refused_when_the_config_is_read(
     model = build_model(from_dict(Config, values)).train()
     side = model.vision.resolution
     batch = collator(model)([captions("a cat"), captions("two", seed=1)])
-    batch = type(batch)(
-        **{f: getattr(batch, f) for f in batch.__slots__} | {"images": torch.zeros(2, 3, side, side).byte()}
-    )
+    batch = replace(batch, images=torch.zeros(2, 3, side, side).byte())
     loss = model(batch)
     loss.backward()
     assert torch.isfinite(loss)

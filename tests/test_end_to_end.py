@@ -15,7 +15,7 @@ from git_model.datasets.sources import build_source
 from git_model.metrics.vqa import exact_accuracy
 from git_model.models.language import Decoding
 from git_model.tasks.registry import run
-from git_model.training import collators
+from git_model.training import asking
 from git_model.validation import eval_batches, eval_data, predict, scores
 
 pytestmark = pytest.mark.soak
@@ -66,7 +66,7 @@ def test_easy_vqa_says_the_same_number_three_times(root: Path, reference_data: P
 
     loaded = load_checkpoint(model)
     source = build_source([{"type": "easy_vqa", "split": "test"}], data / "easy_vqa")
-    _, ask = collators(loaded.model, loaded.config)
+    ask = asking(loaded.model)
     batches = eval_batches(eval_data(loaded.config, source, loaded.model.vision.resolution), ask, batch_size=32)
     straight = scores(predict(loaded.model, batches, Decoding(max_new_tokens=8), "cpu"))["accuracy"]
     print(f"easy-VQA: official {official['accuracy']['overall']}, export {from_export}, model {straight}")

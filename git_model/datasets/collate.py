@@ -69,15 +69,16 @@ class Collator:
     Args:
         codec: the tokenizer's rules.
         num_image_tokens: K, tokens an image takes.
-        pack: several targets of an image in one row (training only).
-        generate: left padding and no targets: only left padding makes batch == single.
+        pack: several targets of an image in one row.
+        generate: prompts without targets; a prompt a row is padded on the left, as transformers' `generate` needs it.
     """
 
     def __init__(self, codec: TextCodec, num_image_tokens: int, *, pack: bool = False, generate: bool = False) -> None:
         self.codec = codec
         self.num_image_tokens = num_image_tokens
-        self.pack = pack and not generate
+        self.pack = pack
         self.generate = generate
+        self.left = generate and not pack
 
     def __call__(self, items: Sequence[Loaded | BadSample]) -> CaptionBatch:
         """Return the batch of the good items; the bad ones are listed in `skipped`."""
@@ -160,11 +161,11 @@ class Collator:
         def padded(lists: list[list[int]], fill: int) -> Tensor:
             out = torch.full((len(lists), width), fill, dtype=torch.long)  # (R,T)
             for r, values in enumerate(lists):
-                start = width - len(values) if self.generate else 0
+                start = width - len(values) if self.left else 0
                 out[r, start : start + len(values)] = torch.tensor(values, dtype=torch.long)
             return out
 
-        shift = [width - len(row.ids) if self.generate else 0 for row in rows]
+        shift = [width - len(row.ids) if self.left else 0 for row in rows]
         return CaptionBatch(
             images=torch.stack(images) if images else torch.zeros((0, 3, 1, 1), dtype=torch.uint8),  # (I,3,H,W)
             image_index=torch.tensor(slots, dtype=torch.long),  # (S,)

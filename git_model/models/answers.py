@@ -43,6 +43,13 @@ class AnswerTrie:
             walked.append(token)
         return self.texts[tuple(walked)]
 
+    def following(self, ids: Sequence[int]) -> list[int]:
+        """Return the tokens that may follow these first ones of an answer."""
+        node: dict[int, Any] | None = self.root
+        for token in ids:
+            node = None if node is None else node.get(token)
+        return list(node) if node else self.after  # nothing follows the end token
+
     def constraint(self) -> Callable[[int, Any], list[int]]:
         """Return what `generate` takes as `prefix_allowed_tokens_fn`; one for each call.
 
@@ -55,9 +62,6 @@ class AnswerTrie:
             nonlocal start
             if start is None:
                 start = len(ids)
-            node: dict[int, Any] | None = self.root
-            for token in ids[start:].tolist():
-                node = None if node is None else node.get(token)
-            return list(node) if node else self.after  # nothing follows the end token
+            return self.following(ids[start:].tolist())
 
         return allowed

@@ -79,10 +79,14 @@ class GitModel(nn.Module):
             self.train(self.training)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return image tokens: (I,3,H,W) uint8 -> (I,K,E)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
-            features = self.vision(self.vision.normalise(images))  # (I,N,D)
+        """Return image tokens: pictures (I,3,H,W) uint8, or their features (I,N,D) -> (I,K,E)."""
+        features = images if images.is_floating_point() else self.features(images)  # (I,N,D)
         return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the encoder's features: (I,3,H,W) uint8 -> (I,N,D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            return self.vision(self.vision.normalise(images))  # (I,N,D)
 
     def forward(self, batch: CaptionBatch) -> Tensor:
         """Return the mean loss over the batch's target tokens.
@@ -116,15 +120,23 @@ class GitModel(nn.Module):
         )
 
     @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
-    def generate(self, batch: CaptionBatch, decoding: Decoding | None = None) -> list[str]:
-        """Return one text per row of a left-padded batch (`Collator(generate=True)`)."""
+    def generate(
+        self, batch: CaptionBatch, decoding: Decoding | None = None, tokens: Tensor | None = None
+    ) -> list[str]:
+        """Return a text for every prompt of a batch (`Collator(generate=True)`), row by row.
+
+        Args:
+            batch: what is asked; several prompts a row where the language model `branches`.
+            decoding: how.
+            tokens: (I,K,E) image tokens, if they were made before: the batch's images are not looked at then.
+        """
         if len(batch.input_ids) == 0:
             return []
-        ready = batch.images.is_floating_point()  # (I,K,E): encoded once for all the questions of an image
-        embeds = self.language.embed(batch, batch.images if ready else self.encode(batch.images))  # (R,T,E)
+        tokens = self.encode(batch.images) if tokens is None else tokens
+        embeds = self.language.embed(batch, tokens)  # (R,T,E)
         ids = self.language.generate(
             embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
-        )  # (R,new)
+        )  # (G,new)
         if decoding and decoding.answers:
             return [decoding.answers.text(row) for row in ids.tolist()]
         return [self.codec.decode(row) for row in ids.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from git_model.batch import IGNORE_INDEX, CaptionBatch
+from git_model.batch import CaptionBatch
 from git_model.errors import UserError
 from git_model.models.answers import AnswerTrie
 from git_model.models.lora import adapters, merge_adapters
+from git_model.models.search import follows_masks, search
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class LanguageModel(nn.Module):
         model.generation_config = GenerationConfig()  # a hub's own penalties would leak into what we call greedy
         config = model.config
         self.compute = compute
+        self._branches: bool | None = None
         self.sharded = False  # over processes, which then have to take every step together
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
@@ -139,29 +144,26 @@ class LanguageModel(nn.Module):
         filled = image_tokens[batch.image_index].flatten(0, 1).to(embeds.dtype)  # (S*K,E)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), filled)  # (R,T,E)
 
-    def hidden(self, embeds: Tensor, batch: CaptionBatch) -> Tensor:
-        """Run the decoder's body: (R,T,E) -> last hidden states (R,T,E)."""
-        if self.max_positions is not None and embeds.shape[1] > 0:
-            longest = int(batch.positions.max()) + 1
-            if longest > self.max_positions:
-                raise UserError(
-                    f"a row of {longest} tokens is longer than '{self.name}' can hold ({self.max_positions})"
-                )
+    def hidden(self, embeds: Tensor, batch: CaptionBatch, cache: Any = None) -> Tensor:
+        """Run the decoder's body: (R,T,E) -> last hidden states (R,T,E); keys and values go into a cache, if given."""
+        if self.max_positions is not None and batch.longest > self.max_positions:
+            told = f"is longer than '{self.name}' can hold ({self.max_positions})"
+            raise UserError(f"a row of {batch.longest} tokens {told}")
         out = self.body(
             inputs_embeds=embeds,
             attention_mask=self._mask(batch, embeds.dtype),
             position_ids=batch.positions,
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return out.last_hidden_state  # (R,T,E)
 
     def loss(self, embeds: Tensor, batch: CaptionBatch) -> Tensor:
         """Return the mean negative log-likelihood of the targets; logits exist only where a label is."""
         hidden = self.hidden(embeds, batch)  # (R,T,E)
-        rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
-        picked = hidden[rows, batch.sources[rows, columns]]  # (targets,E)
-        logits = self.project(picked).float()  # (targets,V)
-        return F.cross_entropy(logits, batch.labels[rows, columns], label_smoothing=self.label_smoothing)
+        picked = hidden.flatten(0, 1)[batch.predictors]  # (L,E)
+        logits = self.project(picked).float()  # (L,V)
+        return F.cross_entropy(logits, batch.wanted, label_smoothing=self.label_smoothing)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the vocabulary logits of hidden states: (...,E) -> (...,V).
@@ -183,31 +185,60 @@ class LanguageModel(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    def branches(self) -> bool:
+        """Whether prompts of a picture can share its tokens while they are answered; tried out once."""
+        if self.sharded:
+            return False
+        if self._branches is None:
+            try:
+                self._branches = follows_masks(self)
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                AttributeError,
+                IndexError,
+            ) as error:  # whatever one says of it
+                log.debug("%s: %s", self.name, error)
+                self._branches = False
+            if not self._branches:
+                log.info("'%s' is asked one prompt a row, through transformers' generate", self.name)
+        return self._branches
+
     @torch.no_grad()
     def generate(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
-        """Continue left-padded rows.
+        """Continue the prompts of a batch, several a row where the batch is packed.
 
         Args:
             embeds: (R,T,E) prompts with image tokens.
-            batch: left-padded, without targets.
+            batch: without targets; left-padded with a prompt a row, unless the model `branches`.
             decoding: how.
-            eos_id: ends a row.
-            pad_id: fills a finished row.
+            eos_id: ends a text.
+            pad_id: fills a finished one.
 
         Returns:
-            (R,new) ids of the new tokens only.
+            (G,new) ids of the new tokens only, a line for each prompt.
         """
-        new = decoding.longest
-        if self.max_positions is not None and embeds.shape[1] + new > self.max_positions:
-            raise UserError(
-                f"{embeds.shape[1]} prompt and image tokens and max_new_tokens {new} are more "
-                f"than '{self.name}' can hold ({self.max_positions})"
-            )
+        window = getattr(self.model.config, "sliding_window", None)  # a mask of ours would overrule it
+        longest = embeds.shape[1] + decoding.longest
+        fit = not (decoding.sample and decoding.beams > 1) and (window is None or longest <= window)
+        if not (fit and self.branches):
+            return self.reference(embeds, batch, decoding, eos_id, pad_id)
+        self._check_room(batch.longest, decoding)
+        with self._arithmetic(embeds.device.type):
+            return search(self, embeds, batch, decoding, eos_id, pad_id)
+
+    @torch.no_grad()
+    def reference(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
+        """Continue left-padded rows of one prompt each by transformers' `generate`; returns (R,new) ids."""
+        if batch.packed:
+            raise ValueError("transformers' generate takes one prompt a row")
+        self._check_room(embeds.shape[1], decoding)
         settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id)
         if decoding.sample:
             torch.manual_seed(decoding.seed)
-        half = self.compute in (torch.float16, torch.bfloat16)
-        with self._prefill_mask(batch), torch.autocast(embeds.device.type, self.compute, enabled=half):
+        with self._prefill_mask(batch), self._arithmetic(embeds.device.type):
             return self.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.long(),
@@ -215,10 +246,20 @@ class LanguageModel(nn.Module):
                 **settings,
             )  # (R,new)
 
+    def _arithmetic(self, device: str) -> torch.autocast:
+        half = self.compute in (torch.float16, torch.bfloat16)
+        return torch.autocast(device, self.compute, enabled=half)
+
+    def _check_room(self, prompt: int, decoding: Decoding) -> None:
+        if self.max_positions is not None and prompt + decoding.longest > self.max_positions:
+            raise UserError(
+                f"{prompt} prompt and image tokens and max_new_tokens {decoding.longest} are more "
+                f"than '{self.name}' can hold ({self.max_positions})"
+            )
+
     def _mask(self, batch: CaptionBatch, dtype: torch.dtype) -> Tensor:
         """Return the mask for the body: plain (R,T) where the decoder's own rule is right, else additive (R,1,T,T)."""
-        packed = bool((batch.segments > 1).any())
-        if not packed and not self.bidirectional:
+        if not batch.packed and not self.bidirectional:
             return batch.attention_mask.long()  # (R,T)
         return full_mask(batch, self.bidirectional, dtype)
 

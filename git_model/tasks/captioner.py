@@ -7,9 +7,11 @@ Hugging Face model.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 class Captioner(Protocol):
     """What the tasks know of a model."""
+
+    shares: bool  # whether prompts of a picture are answered together
 
     def prepare(self, data: bytes) -> Any:
         """Return an encoded picture as the model takes it; raises ImageError. Runs in worker processes."""
@@ -53,7 +57,8 @@ class GitCaptioner:
 
         self.model, self.device = loaded.model.to(device), device
         self.prepare = Transform(self.model.vision.resolution, loaded.config.data.resize)
-        self.collator = Collator(self.model.codec, self.model.num_image_tokens, generate=True)
+        self.shares = self.model.language.branches  # several prompts of a picture are answered in one row
+        self.collator = Collator(self.model.codec, self.model.num_image_tokens, pack=self.shares, generate=True)
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """Return (K,E) image tokens for each (3,H,W) picture."""
@@ -76,7 +81,7 @@ class GitCaptioner:
         return length
 
     def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """Return one text a prompt."""
+        """Return one text a prompt; prompts that follow each other and have the same picture share its tokens."""
         return self.say([(tokens,) for tokens in encoded], prompts, decoding)
 
     def say(self, encoded: Sequence[tuple[Any, ...]], prompts: Sequence[str], decoding: Decoding) -> list[str]:
@@ -88,14 +93,20 @@ class GitCaptioner:
         from git_model.batch import Target
         from git_model.datasets.collate import Loaded
 
-        items = [
-            Loaded(str(i), tokens, (Target(prompt=prompt, question_id=i),))
-            for i, (tokens, prompt) in enumerate(zip(encoded, prompts, strict=True))
-        ]
+        items: list[Loaded] = []
+        for i, (tokens, prompt) in enumerate(zip(encoded, prompts, strict=True)):
+            target = (Target(prompt=prompt, question_id=i),)
+            if self.shares and items and all(map(operator.is_, items[-1].images, tokens)):
+                items[-1] = replace(items[-1], targets=items[-1].targets + target)
+            else:
+                items.append(Loaded(str(i), tokens, target))
         batch = self.collator(items)
         if batch.skipped:
             raise UserError(batch.skipped[0].reason)
-        return self.model.generate(batch.to(self.device), decoding)
+        said = self.model.generate(batch.to(self.device), decoding, batch.images.to(self.device))
+        numbers = [target.question_id for row in batch.targets for target in row]
+        texts = dict(zip(numbers, said, strict=True))
+        return [texts[i] for i in range(len(prompts))]
 
     def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
         """Return the constraint to these answers.
@@ -116,6 +127,7 @@ class PublishedCaptioner:
     """A Hugging Face image-to-text model; prompts of one length share a batch, so none is padded."""
 
     batches = 1  # its pictures are held as they are, of any size
+    shares = False
 
     def __init__(self, model: PublishedModel, prompt_format: str) -> None:
         self.model, self.prompt_format = model, prompt_format

@@ -59,7 +59,7 @@ def evaluate(
     from git_model.models.language import Decoding
     from git_model.tasks.captioner import pick_device
     from git_model.tasks.report import write_report
-    from git_model.training import SampleLedger, collators
+    from git_model.training import SampleLedger, asking
     from git_model.validation import eval_batches, eval_data, predict, scores
 
     where = pick_device(device)
@@ -68,7 +68,7 @@ def evaluate(
     entries = _entries(config, image_tsv, caption_tsv, question_tsv, source)
     records = build_source(entries, data_dir)
     data = eval_data(config, records, model.vision.resolution)
-    _, ask = collators(model, config)
+    ask = asking(model)
     decoding = Decoding(beams, max_new_tokens)
     model.to(where)
 

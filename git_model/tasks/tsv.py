@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -160,7 +161,7 @@ def _answered(
     batch_size: int,
     asked: bool,
 ) -> dict[int, Done]:
-    """Return the output of some rows: pictures encoded once, prompts in batches of like length."""
+    """Return the output of some rows: pictures encoded once, prompts in batches of like length, or by picture."""
     good = [row for row in chunk if not row.error]
     encoded: dict[int, Any] = {}
     for start in range(0, len(good), batch_size):
@@ -175,7 +176,12 @@ def _answered(
                 waiting.append((captioner.length(question.prompt, decoding.longest), row.row, number, question.prompt))
             except UserError as error:
                 refused[row.row, number] = str(error)
-    waiting.sort()
+    if captioner.shares:  # a picture's prompts stay together, pictures with as many and as long ones, too
+        size = Counter(row for _, row, _, _ in waiting)
+        longest = {row: length for length, row, _, _ in sorted(waiting)}
+        waiting.sort(key=lambda w: (size[w[1]], longest[w[1]], *w[1:]))
+    else:
+        waiting.sort()
     for start in range(0, len(waiting), batch_size):
         part = waiting[start : start + batch_size]
         said = captioner.answer([encoded[row] for _, row, _, _ in part], [prompt for *_, prompt in part], decoding)

@@ -1,0 +1,320 @@
+"""Greedy, sampled and beam search in which all that is asked about a picture shares its tokens.
+
+A row of the batch is a tree: the prefix with the picture, a branch for each prompt, and on every branch the beams. What is
+new of all of them goes into one row, side by side; a mask says which columns each may see. So the prefix runs once, no
+cache is ever reordered, and rows that are through leave the batch. The texts are those of transformers' `generate`
+(`LanguageModel.reference`), whose rules of scoring and stopping these are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from git_model.batch import CaptionBatch
+
+if TYPE_CHECKING:
+    from git_model.models.language import Decoding, LanguageModel
+
+FAR = -1e9  # the score of a beam that is none, in transformers' beam search
+SPARE = 64  # columns by which caches grow
+LEAVE = 0.75  # share of the rows still at work at which the others are dropped
+
+
+class Columns(DynamicLayer):
+    """Keys and values of a layer, (R,heads,columns,width each), with room for more: no copy at every token."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(**others)
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make buffers like the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append (R,heads,new,width); return all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.length, self.length + key_states.shape[2]
+        assert self.keys is not None
+        assert self.values is not None
+        if end > self.keys.shape[2]:
+            spare = end + max(SPARE, start // 4) - self.keys.shape[2]
+            self.keys, self.values = (F.pad(x, (0, 0, 0, spare)) for x in (self.keys, self.values))
+        self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Return the columns in use."""
+        return self.length
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Tree:
+    """The model's side of a search: prompts with their beams, G of them, in R rows.
+
+    Args:
+        language: the decoder.
+        embeds: (R,T,E) prompts with image tokens.
+        batch: padded on either side, without targets; a row may hold several prompts ("packed").
+        beams: of each prompt.
+    """
+
+    def __init__(self, language: LanguageModel, embeds: Tensor, batch: CaptionBatch, beams: int) -> None:
+        self.language, self.embeds, self.batch, self.beams = language, embeds, batch, beams
+        self.cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
+        self.rows, self.length = embeds.shape[:2]
+        counts = branches(batch)
+        device = embeds.device
+        self.row = torch.arange(self.rows).repeat_interleave(torch.tensor(counts))  # (G,) on the CPU, sorted
+        number = torch.tensor([n for count in counts for n in range(1, count + 1)], device=device)  # (G,)
+        row = self.row.to(device)
+        own = batch.segments[row] == number[:, None]  # (G,T)
+        prefix = (batch.segments == 0)[row]  # (G,T)
+        places = torch.arange(self.length, device=device)
+        last, before = (torch.where(where, places, -1).amax(1) for where in (own, prefix))  # (G,) each
+        self.tail = torch.where(last >= 0, last, before)  # (G,): an empty prompt goes on from the picture
+        self.position = batch.positions[row, self.tail]  # (G,) of the newest token
+        seen = (own | prefix) & batch.attention_mask[row]  # (G,T)
+        self.visible = seen[:, None].expand(-1, beams, -1)  # (G,beams,columns)
+
+    def plant(self) -> Tensor:
+        """Run the prompts; return the logits that follow each, (G,1,V)."""
+        hidden = self.language.hidden(self.embeds, self.batch, self.cache)  # (R,T,E)
+        return self.language.project(hidden[self.row.to(hidden.device), self.tail]).float()[:, None]  # (G,1,V)
+
+    def grow(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """Add a token to every beam.
+
+        Args:
+            tokens: (G,beams) ids.
+            parents: (G,beams), which beam each goes on from; None = itself.
+
+        Returns:
+            (G,beams,V) logits.
+        """
+        device, beams = tokens.device, self.beams
+        counts = torch.bincount(self.row, minlength=self.rows)  # (R,)
+        slot = torch.arange(len(self.row)) - (counts.cumsum(0) - counts)[self.row]  # (G,): its place in the row
+        most = int(counts.max())
+        row, slot = self.row.to(device), slot.to(device)
+        place = slot[:, None] * beams + torch.arange(beams, device=device)  # (G,beams)
+        if parents is not None:
+            self.visible = self.visible.gather(1, parents[..., None].expand(-1, -1, self.visible.shape[2]))
+        itself = F.one_hot(place, most * beams).bool()  # (G,beams,new columns)
+        self.visible = torch.cat([self.visible, itself], dim=2)  # (G,beams,columns)
+        self.length += most * beams
+        self.position = self.position + 1
+
+        table = self.language.model.get_input_embeddings()
+        ids = tokens.new_zeros(self.rows, most * beams)  # (R,Q)
+        positions = torch.zeros_like(ids)  # (R,Q)
+        low = torch.finfo(self.embeds.dtype).min
+        mask = self.embeds.new_full((self.rows, most * beams, self.length), low)  # (R,Q,columns)
+        ids[row[:, None], place] = tokens
+        positions[row[:, None], place] = self.position[:, None].expand(-1, beams)
+        seen = torch.zeros(self.visible.shape, dtype=mask.dtype, device=device)
+        mask[row[:, None], place] = seen.masked_fill(~self.visible, low)
+        out = self.language.body(
+            inputs_embeds=table(ids).to(self.embeds.dtype),
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return self.language.project(out.last_hidden_state[row[:, None], place]).float()  # (G,beams,V)
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the prompts that are through, (G,) bool, and their rows where that is worth a copy."""
+        at = alive.to(self.row.device)
+        self.row, self.visible, self.position = self.row[at], self.visible[alive], self.position[alive]
+        left, renumbered = self.row.unique(return_inverse=True)
+        if len(left) <= LEAVE * self.rows:
+            self.row, self.rows = renumbered, len(left)
+            for layer in self.cache.layers:
+                layer.keep(left.to(self.embeds.device))  # type: ignore[union-attr]
+
+
+class Single:
+    """The choosing side of greedy search and of sampling; G prompts.
+
+    What is drawn at a step is the same noise for every prompt (and so for every size of the batch): an answer depends
+    on the seed, its picture and its prompt only.
+    """
+
+    def __init__(self, count: int, decoding: Decoding, eos_id: int, pad_id: int, device: torch.device) -> None:
+        self.decoding, self.eos_id = decoding, eos_id
+        self.found = torch.full((count, decoding.longest), pad_id, device=device)  # (all G,new)
+        self.which = torch.arange(count, device=device)  # (G,) of those still at work
+        self.dice = torch.Generator().manual_seed(decoding.seed)
+
+    def step(self, step: int, logits: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Return the next tokens (G,1), None, and who is through (G,), of logits (G,1,V)."""
+        scores = self._forbid(step, logits[:, 0])  # (G,V)
+        if self.decoding.sample:
+            noise = -torch.log(-torch.log(torch.rand(scores.shape[1], generator=self.dice).clamp(1e-20, 1 - 1e-7)))
+            scores = nucleus(scores / self.decoding.temperature, self.decoding.top_p) + noise.to(scores.device)
+        tokens = scores.argmax(1)  # (G,)
+        self.found[self.which, step] = tokens
+        over = tokens == self.eos_id
+        return tokens[:, None], None, over
+
+    def keep(self, alive: Tensor) -> None:
+        """Go on with these, (G,) bool, only."""
+        self.which = self.which[alive]
+
+    def _forbid(self, step: int, scores: Tensor) -> Tensor:
+        return forbidden(scores, self.decoding, step, self.eos_id, self.found[self.which, :step])
+
+
+class Beams:
+    """The choosing side of beam search, by the rules of transformers: scores over length, stopping, ties."""
+
+    def __init__(self, count: int, decoding: Decoding, eos_id: int, pad_id: int, device: torch.device) -> None:
+        self.decoding, self.eos_id = decoding, eos_id
+        beams, new = decoding.beams, decoding.longest
+        self.found = torch.full((count, new), pad_id, device=device)  # (all G,new)
+        self.which = torch.arange(count, device=device)  # (G,) of those still at work
+        self.tokens = torch.full((count, beams, new), pad_id, device=device)
+        self.scores = torch.zeros(count, beams, device=device)
+        self.scores[:, 1:] = FAR  # all begin alike: one of them counts
+        self.ended = self.tokens.clone()  # (G,beams,new) the best that came to their end
+        self.ended_scores = torch.full((count, beams), FAR, device=device)
+        self.is_ended = torch.zeros(count, beams, dtype=torch.bool, device=device)
+
+    def step(self, step: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next tokens and the beams they follow, (G,beams) each, and who is through (G,).
+
+        Args:
+            step: from 0.
+            logits: (G,beams,V), or (G,1,V) for the first step.
+        """
+        beams, power = self.decoding.beams, self.decoding.length_penalty
+        odds = F.log_softmax(logits, dim=-1).expand(-1, beams, -1)  # (G,beams,V)
+        flat = forbidden(odds.flatten(0, 1), self.decoding, step, self.eos_id, self.tokens[:, :, :step].flatten(0, 1))
+        total = flat.unflatten(0, (-1, beams)) + self.scores[:, :, None]  # (G,beams,V)
+        best, index = total.flatten(1).topk(2 * beams)  # (G,2 beams): one end token each leaves enough to go on with
+        parents, tokens = index // total.shape[2], index % total.shape[2]
+        lines = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))  # (G,2 beams,new)
+        lines[:, :, step] = tokens
+        ends = (tokens == self.eos_id) | (step + 1 == self.decoding.longest)  # (G,2 beams)
+
+        self.scores, running = (best + ends.float() * FAR).topk(beams)  # (G,beams)
+        self.tokens = _pick(lines, running)
+        first = torch.arange(2 * beams, device=best.device) < beams  # the others are there to go on with only
+        ended = ends & first
+        merged = torch.cat([self.ended_scores, best / (step + 1) ** power + (~ended).float() * FAR], dim=1)
+        self.ended_scores, kept = merged.topk(beams)  # (G,beams)
+        self.ended = _pick(torch.cat([self.ended, lines], dim=1), kept)
+        self.is_ended = torch.cat([self.is_ended, ended], dim=1).gather(1, kept)
+
+        possible = self.scores[:, 0] / (step + 1) ** power  # of what still runs
+        worst = torch.where(self.is_ended, self.ended_scores.amin(1, keepdim=True), FAR)  # (G,beams)
+        over = ~(possible[:, None] > worst).any(1) | ends.all(1)  # (G,)
+        self.found[self.which] = self.ended[:, 0]
+        return self.tokens[:, :, step], parents.gather(1, running), over
+
+    def keep(self, alive: Tensor) -> None:
+        """Go on with these, (G,) bool, only."""
+        for name in ("which", "tokens", "scores", "ended", "ended_scores", "is_ended"):
+            setattr(self, name, getattr(self, name)[alive])
+
+
+def search(
+    language: LanguageModel, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int
+) -> Tensor:
+    """Continue every prompt of a batch; see `LanguageModel.generate`, which decides whether the model is fit for it."""
+    tree = Tree(language, embeds, batch, decoding.beams)
+    kind = Beams if decoding.beams > 1 else Single
+    choice = kind(len(tree.row), decoding, eos_id, pad_id, embeds.device)
+    logits = tree.plant()
+    for step in range(decoding.longest):
+        tokens, parents, over = choice.step(step, logits)
+        if step + 1 == decoding.longest or bool(over.all()):
+            break
+        if bool(over.any()):
+            alive = ~over
+            tree.keep(alive)
+            choice.keep(alive)
+            tokens, parents = tokens[alive], None if parents is None else parents[alive]
+        logits = tree.grow(tokens, parents)
+    return choice.found  # (G,new)
+
+
+def branches(batch: CaptionBatch) -> list[int]:
+    """Return how many prompts each row holds."""
+    if batch.targets:
+        return [len(targets) for targets in batch.targets]
+    return batch.segments.amax(1).clamp(min=1).tolist() if batch.segments.numel() else [1] * len(batch.segments)
+
+
+def forbidden(scores: Tensor, decoding: Decoding, step: int, eos_id: int, ids: Tensor) -> Tensor:
+    """Return scores (H,V) with what may not follow the ids so far, (H,step), at minus infinity."""
+    if step < decoding.min_new_tokens:
+        scores = scores.clone()
+        scores[:, eos_id] = -torch.inf
+    if decoding.answers is not None:
+        shut = torch.full_like(scores, -torch.inf)
+        for line, walked in enumerate(ids.tolist()):
+            shut[line, decoding.answers.following(walked)] = 0
+        scores = scores + shut
+    return scores
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Return logits (G,V) with all but the likeliest tokens that make up `top_p` at minus infinity."""
+    if top_p >= 1:
+        return logits
+    ordered, index = logits.sort(dim=1, descending=True)
+    odds = ordered.softmax(dim=1)
+    beyond = odds.cumsum(dim=1) - odds >= top_p  # what comes before is enough already
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
+
+
+def _pick(lines: Tensor, which: Tensor) -> Tensor:
+    """Return (G,beams,new) of (G,more,new)."""
+    return lines.gather(1, which[..., None].expand(-1, -1, lines.shape[2]))
+
+
+@torch.no_grad()
+def follows_masks(language: LanguageModel) -> bool:
+    """Tell whether a decoder obeys the masks and positions of a tree, by growing a small one and one without branches."""
+    table, device = language.model.get_input_embeddings(), next(language.model.parameters()).device
+    embeds = table(torch.tensor([[1, 2, 3, 4]], device=device))  # (1,4,E)
+    cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
+
+    def last(embeds: Tensor, sees: list[list[int]], positions: list[int]) -> Tensor:
+        mask = (1 - torch.tensor(sees, device=device, dtype=embeds.dtype)) * torch.finfo(embeds.dtype).min
+        out = language.body(
+            inputs_embeds=embeds,
+            attention_mask=mask[None, None],  # (1,1,Q,columns)
+            position_ids=torch.tensor([positions], device=device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1].float()  # (1,E)
+
+    training = language.training
+    language.eval()  # in training some decoders keep no cache
+    try:
+        last(embeds, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], [0, 1, 2, 2])
+        grown = last(embeds[:, :1], [[1, 1, 1, 0, 1]], [3])  # after 1 2 3; the 4 is a branch beside the 3
+        line = torch.cat([embeds[:, :3], embeds[:, :1]], dim=1)
+        expected = language.body(inputs_embeds=line, use_cache=False).last_hidden_state[:, -1].float()  # (1,E)
+    finally:
+        language.train(training)
+    return bool((grown - expected).norm() < 0.05 * expected.norm())
