@@ -59,7 +59,9 @@ def build_optimizer(model: GitModel, config: TrainConfig) -> torch.optim.Optimiz
     groups = parameter_groups(model, config)
     betas = (0.9, config.beta2)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas)
+        # one pass over a parameter and its moments instead of ten; torch has it for neither shards nor other devices
+        fused = not config.fsdp and all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
     return Muon(groups, lr=config.lr, betas=betas)
 
 

@@ -35,7 +35,9 @@ def build_decoder(
     check_name(config.name, "language model")
     try:
         if not load_weights:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.name), dtype=dtype)
+            fuse_activations(model)
+            return model
         targets: tuple[str, ...] = ()
         if config.bits < 16 or config.lora.rank:
             quiet_bitsandbytes()
@@ -56,7 +58,18 @@ def build_decoder(
         raise UserError(f"cannot load the language model '{config.name}': {reason}") from error
     if config.lora.rank:
         add_adapters(model, config.lora, targets)
+    fuse_activations(model)
     return model
+
+
+def fuse_activations(model: Any) -> None:
+    """Let GPT-2's own GELU run as torch's tanh approximation: the same function, one operation for eight."""
+    from transformers.activations import NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def quiet_bitsandbytes() -> None:

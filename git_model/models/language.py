@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from git_model.errors import UserError
 from git_model.models.answers import AnswerTrie
 from git_model.models.lora import adapters, merge_adapters
 from git_model.models.search import follows_masks, search
+from git_model.models.vocabulary import vocabulary_loss
 
 log = logging.getLogger(__name__)
 
@@ -162,28 +163,41 @@ class LanguageModel(nn.Module):
         """Return the mean negative log-likelihood of the targets; logits exist only where a label is."""
         hidden = self.hidden(embeds, batch)  # (R,T,E)
         picked = hidden.flatten(0, 1)[batch.predictors]  # (L,E)
-        logits = self.project(picked).float()  # (L,V)
-        return F.cross_entropy(logits, batch.wanted, label_smoothing=self.label_smoothing)
+        head, smoothing = self.model.get_output_embeddings(), self.label_smoothing
+        if type(head) is not nn.Linear:  # adapters on it
+            return F.cross_entropy(self.project(picked).float(), batch.wanted, label_smoothing=smoothing)  # (L,V)
+        scale, cap = self._bend()
+        with self._exact(picked.device):
+            picked = self._as_head(picked, head)
+            return vocabulary_loss(
+                picked, batch.wanted, head.weight, head.bias, scale=scale, cap=cap, smoothing=smoothing
+            )
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the vocabulary logits of hidden states: (...,E) -> (...,V).
 
         The scalings are those of Hugging Face's own heads: Gemma 2 (soft cap), Cohere (scale), Granite (divisor).
         """
-        head = self.model.get_output_embeddings()
-        if self.compute is not None:  # sums over the width of a big model: float32, whatever surrounds it
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = head(hidden.float())
-        else:
-            logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled() else hidden)
+        head, (scale, cap) = self.model.get_output_embeddings(), self._bend()
+        with self._exact(hidden.device):
+            logits = head(self._as_head(hidden, head))
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _exact(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return what keeps the head of a quantised model, whose sums go over a great width, in float32."""
+        return nullcontext() if self.compute is None else torch.autocast(device.type, enabled=False)
+
+    def _as_head(self, hidden: Tensor, head: Any) -> Tensor:
+        return hidden.to(head.weight.dtype if self.compute is None else torch.float32)
+
+    def _bend(self) -> tuple[float, float | None]:
+        """Return what logits are multiplied by and softly capped at."""
         config = self.model.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        bend = (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
+        return bend, getattr(config, "final_logit_softcapping", None)
 
     @property
     def branches(self) -> bool:

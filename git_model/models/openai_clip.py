@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from git_model.errors import EXIT_IO, UserError, one_of
-from git_model.models.small_vision import brief, join_maps, resize_positions
+from git_model.models.small_vision import QuickGELU, brief, join_maps, resize_positions
 
 log = logging.getLogger(__name__)
 CACHE_VARIABLE = "CLIP_CACHE"
@@ -91,6 +91,7 @@ def _network() -> ModuleType:
     # its LayerNorm computes in float32 with the weights as they are, which fails on a half-precision
     # encoder; torch's accumulates in float32 itself and is the same in float32
     module.LayerNorm = nn.LayerNorm  # type: ignore[attr-defined]
+    module.QuickGELU = QuickGELU  # type: ignore[attr-defined]
     sys.modules[name] = module  # torch.compile looks classes up by module name
     return module
 

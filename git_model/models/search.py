@@ -1,9 +1,9 @@
 """Greedy, sampled and beam search in which all that is asked about a picture shares its tokens.
 
-A row of the batch is a tree: the prefix with the picture, a branch for each prompt, and on every branch the beams. What is
-new of all of them goes into one row, side by side; a mask says which columns each may see. So the prefix runs once, no
-cache is ever reordered, and rows that are through leave the batch. The texts are those of transformers' `generate`
-(`LanguageModel.reference`), whose rules of scoring and stopping these are.
+A row of the batch is a tree: the prefix with the picture, a branch for each prompt, and on every branch the beams.
+What is new of all of them goes into one row, side by side; a mask says which columns each may see. So the prefix runs
+once, no cache is ever reordered, and rows that are through leave the batch. The texts are those of transformers'
+`generate` (`LanguageModel.reference`), whose rules of scoring and stopping these are.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def _pick(lines: Tensor, which: Tensor) -> Tensor:
 
 @torch.no_grad()
 def follows_masks(language: LanguageModel) -> bool:
-    """Tell whether a decoder obeys the masks and positions of a tree, by growing a small one and one without branches."""
+    """Tell whether a decoder obeys the masks and positions of a tree: grow a small one, and a line without branches."""
     table, device = language.model.get_input_embeddings(), next(language.model.parameters()).device
     embeds = table(torch.tensor([[1, 2, 3, 4]], device=device))  # (1,4,E)
     cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
