@@ -23,6 +23,8 @@ from git_model.errors import UserError
 
 RESIZES = ("crop", "squash", "pad")
 AUGMENTS = ("none", "flip", "dihedral", "crop", "crop+flip", "crop+dihedral")
+DECODES = ("exact", "scaled")
+FEATURE_TYPES = ("float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class DataConfig:
     resize: str = "crop"
     """'crop': shorter side, then centre crop (CLIP's); 'squash': nothing lost; 'pad'"""
     augment: str = "none"
+    decode: str = "exact"
+    """of training pictures; 'scaled': JPEGs twice as fast, decoded at 1/2, 1/4 or 1/8 where that is plenty, resampled
+    by torch; datasets/jpeg.py tells how far that is from 'exact'"""
     targets: int = 1
     """captions or questions of an image per visit, drawn anew each epoch; 0 = all"""
     captions: int = 0
@@ -51,16 +56,26 @@ class DataConfig:
     shuffle_block: int = 0
     """0: any record may follow any other; n: blocks of n records are drawn, and records within 16 of them at a time,
     so that reads from a network file system stay together (tar shards: their size)"""
+    group_by_length: int = 0
+    """n: the samples of n steps are sorted by the length of their texts, so that a batch is hardly padded; 0 = not"""
     cache: bool = False
     """keep decoded pictures in memory (small sets)"""
+    feature_store: str | None = None
+    """a folder, shared by all processes: a frozen encoder's features of every picture are made once, before the first
+    step, and read from there; epochs then touch neither pictures nor encoder"""
+    feature_type: str = "float16"
+    """of the stored features; 'int8' takes half (a scale a token; the error is told)"""
     max_bad: float = 0.01
     """stop with exit code 3 when more than this share of the samples is unusable"""
 
     def __post_init__(self) -> None:
         choice("data.resize", self.resize, RESIZES)
         choice("data.augment", self.augment, AUGMENTS)
+        choice("data.decode", self.decode, DECODES)
+        choice("data.feature_type", self.feature_type, FEATURE_TYPES)
         check(self.captions >= 0, f"data.captions {self.captions} is below 0")
         check(self.shuffle_block >= 0, f"data.shuffle_block {self.shuffle_block} is below 0")
+        check(self.group_by_length >= 0, f"data.group_by_length {self.group_by_length} is below 0")
         check(self.targets >= 0, f"data.targets {self.targets} is below 0")
         check(self.max_text_tokens >= 2, f"data.max_text_tokens {self.max_text_tokens} is below 2")
         check(0 <= self.max_bad <= 1, f"data.max_bad {self.max_bad} is no share between 0 and 1")
@@ -164,6 +179,10 @@ class Config:
                 f"weights of {self.language.bits} bits cannot be trained: --lora_rank 8 trains adapters on them, "
                 "--freeze auto leaves them as they are"
             )
+        if self.data.feature_store is not None:
+            told = "--feature_store keeps what a frozen encoder says of every picture"
+            check("vision" in self.train.freeze, f"{told}: freeze it, e.g. --freeze vision,auto")
+            check(self.data.augment == "none", f"{told}, once: leave out --augment {self.data.augment}")
         if self.train.fsdp:
             clash = [("--lm_bits 8 or 4", self.language.bits < 16), ("--compile", self.train.compile)]
             clash += [("--optimizer muon", self.train.optimizer == "muon")]

@@ -45,6 +45,10 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
         "folder with Train_GCC-training.tsv, train/, ... or of the recipe's sources",
     ),
     ("--augment",): ("data.augment", "none, flip, dihedral, crop, crop+flip, crop+dihedral"),
+    ("--decode",): ("data.decode", "exact, or scaled: JPEGs twice as fast, nearly the same pixels (training only)"),
+    ("--group_by_length",): ("data.group_by_length", "sort texts by length within so many steps: less padding; 0 = off"),
+    ("--feature_store",): ("data.feature_store", "folder for features of a frozen encoder: pictures are encoded once"),
+    ("--feature_type",): ("data.feature_type", "of stored features: float16 or int8"),
     ("--targets",): ("data.targets", "captions or questions of an image per visit; 0 = all"),
     ("--max_text_tokens",): ("data.max_text_tokens", "longest target, EOS included"),
     ("--workers",): ("data.workers", "processes that read pictures; 0 = none"),
@@ -140,6 +144,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--config", metavar="RECIPE.yml", help="a recipe; the other flags override it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
+    parser.add_argument("--plan", action="store_true", help="print steps, memory and the batch that fits, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for names, (key, text) in FLAGS.items():
         bare = BARE.get(next((n for n in names if n in BARE), ""))

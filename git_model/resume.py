@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MODEL, STATE = "model.pt", "state.pt"
 
 # what may differ when a run goes on; GPUs x batch x accumulation must stay the same ("samples a step")
-DATA_MAY_CHANGE = ("dir", "workers", "worker_timeout", "cache", "max_bad")
+DATA_MAY_CHANGE = ("dir", "workers", "worker_timeout", "cache", "max_bad", "feature_store")
 TRAIN_MAY_CHANGE = (
     *("output_dir", "epochs", "batch_size", "accumulation", "gradient_checkpointing", "compile", "fsdp", "log_every"),
     *("save_every", "validate_every", "validate_samples", "max_bad_steps", "resume", "report_to"),

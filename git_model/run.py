@@ -17,8 +17,9 @@ from git_model import checkpoint, engine, resume, training, validation
 from git_model.batch import CaptionBatch
 from git_model.cluster import StopRequest, note_stop
 from git_model.config import Config
-from git_model.datasets.loader import GlobalSampler, train_batches
+from git_model.datasets.loader import train_batches
 from git_model.datasets.sources import build_source
+from git_model.encoding import use_features
 from git_model.errors import Preempted, UserError
 from git_model.hardware import reset_peak_memory
 from git_model.models.build import build_model
@@ -71,16 +72,10 @@ class Run:
         resolution = self.raw_model.vision.resolution
         self.data = training.training_data(config, source, resolution)
         self.val_data = validation.eval_data(config, val_source, resolution)
-        self.sampler = GlobalSampler(
-            len(self.data),
-            options.batch_size,
-            seed=options.seed,
-            epochs=options.epochs,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            accumulation=options.accumulation,
-            block=config.data.shuffle_block,
-        )
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        self.sampler = training.data_order(config, source, *place)
+        if config.data.feature_store is not None:
+            use_features(config, self.raw_model.vision, self.data, self.val_data, self.accelerator, self.stop)
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
         self.ledger = training.SampleLedger(config.data.max_bad)

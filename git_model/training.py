@@ -17,7 +17,7 @@ from git_model.batch import BadSample, CaptionBatch
 from git_model.config import Config
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset
+from git_model.datasets.loader import GlobalSampler, ImageTextDataset, text_lengths
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def training_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
     """Return the training set: drawn targets, augmentation."""
-    transform = Transform(resolution, config.data.resize, config.data.augment)
+    transform = Transform(resolution, config.data.resize, config.data.augment, config.data.decode)
     return ImageTextDataset(
         source,
         transform,
@@ -36,6 +36,23 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
         seed=config.train.seed,
         cache=config.data.cache,
         augment=True,
+    )
+
+
+def data_order(config: Config, source: Source, rank: int, world: int) -> GlobalSampler:
+    """Return the order of a run's records for one of its processes."""
+    options, window = config.train, config.data.group_by_length
+    return GlobalSampler(
+        len(source),
+        options.batch_size,
+        seed=options.seed,
+        epochs=options.epochs,
+        rank=rank,
+        world=world,
+        accumulation=options.accumulation,
+        block=config.data.shuffle_block,
+        lengths=text_lengths(source) if window else None,
+        window=window,
     )
 
 
@@ -206,7 +223,11 @@ class StepGuard:
         return False
 
 
-def collators(model: GitModel, config: Config) -> tuple[Collator, Collator]:
-    """Return the collators of training (right padding, packed) and of asking (left padding)."""
-    codec, tokens = model.codec, model.num_image_tokens
-    return Collator(codec, tokens, pack=config.data.pack), Collator(codec, tokens, generate=True)
+def teaching(model: GitModel, config: Config) -> Collator:
+    """Return the collator of training."""
+    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack)
+
+
+def asking(model: GitModel) -> Collator:
+    """Return the collator of asking: prompts of a picture share its tokens if the language model can do that."""
+    return Collator(model.codec, model.num_image_tokens, pack=model.language.branches, generate=True)

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ class CocoCaptions:
         key, folder, name, captions = self.records[index]
         return Sample(str(key), (self.folder.read(key, name, folder),), tuple(map(Target, captions)))
 
+    def said(self, index: int) -> Sample:
+        """Return a record without its picture."""
+        key, *_, captions = self.records[index]
+        return Sample(str(key), (), tuple(map(Target, captions)))
+
     def texts(self) -> Iterator[str]:
         """Yield every caption."""
         for *_, captions in self.records:
@@ -153,12 +159,16 @@ class VqaV2:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Sample:
+        return replace(self.said(index), images=(self.folder.read(self.ids[index]),))
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its picture."""
         key = self.ids[index]
         targets = (
             Target(q.get("answer", ""), q["question"], q["question_id"], tuple(q.get("answers", ())))
             for q in self.asked[key]
         )
-        return Sample(str(key), (self.folder.read(key),), tuple(targets))
+        return Sample(str(key), (), tuple(targets))
 
     def questions(self, index: int) -> list[dict[str, Any]]:
         """Return what a question TSV says of a record: the answer and question types, too."""

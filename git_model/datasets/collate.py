@@ -21,7 +21,7 @@ class Loaded:
 
     Args:
         key: the record's name.
-        images: uint8 (3,H,W), one per slot.
+        images: uint8 (3,H,W), or features (N,D), one per slot.
         targets: what is said of them.
     """
 

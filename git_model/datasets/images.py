@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, features
+from PIL import Image, ImageFile, features
 
-from git_model.config import AUGMENTS, RESIZES
-from git_model.errors import UserError, one_of
+from git_model.architecture import choice
+from git_model.config import AUGMENTS, DECODES, RESIZES
+from git_model.datasets.jpeg import decode_photo, random_part, turn_of
+from git_model.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,6 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {  # Pillow's format, or the reason to re
 _HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _BMP_HEADERS = [bytes((n, 0, 0, 0)) for n in (12, 40, 52, 56, 64, 108, 124)]  # "BM" alone is too weak
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<title", b"<meta", b"<div")
-_UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 
 
 class ImageError(ValueError):
@@ -81,7 +82,7 @@ def decode_image(data: bytes, *, tolerate_truncated: bool = False) -> Image.Imag
             if kind == "PNG" and not tolerate_truncated:  # decoding skips the checksums: noise gets through
                 Image.open(BytesIO(data), formats=[kind]).verify()
             _load(image, tolerate_truncated)
-            turn = _turn(image)
+            turn = turn_of(image)
             rgb = _to_rgb(image)
             return rgb if turn is None else rgb.transpose(turn)
     except ImageError:
@@ -146,15 +147,8 @@ def _load(image: ImageFile.ImageFile, tolerate_truncated: bool) -> None:
         image.load()
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return Image.Transpose(_UPRIGHT[image.getexif()[ExifTags.Base.Orientation]])
-    except Exception:  # a missing, upright or broken EXIF block: no reason to lose the picture
-        return None
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, on white; raises ImageError for float and 32-bit pictures."""
+    """Convert any mode to RGB, on white; an RGB picture is not copied. Raises ImageError for float and 32-bit ones."""
     if image.mode in ("F", "I"):  # no agreed range: a guess shows black or white pictures
         raise ImageError("unsupported_mode", image.mode)
     if image.mode.startswith("I;16"):  # Pillow's convert() clips at 255: an all-white picture
@@ -167,7 +161,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason(error: Exception, kind: str, data: bytes) -> str:
@@ -212,19 +206,21 @@ class Transform:
             to `resolution`, nothing lost; 'pad' = longer side to `resolution`, on mean grey.
         augment: one of AUGMENTS, applied only where a generator is given. 'flip' and 'dihedral' make
             captions with "left" or "above" untrue; 'crop' keeps 70..100 % of the area and the aspect.
+        decode: 'exact'; 'scaled' = encoded JPEGs larger than the output go the quick way of jpeg.py, which tells how
+            far from the exact one they end up; with 'crop' they are decoded whole.
     """
 
     resolution: int
     resize: str = "crop"
     augment: str = "none"
+    decode: str = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 1:
             raise UserError(f"resolution {self.resolution!r} is no whole number of pixels above 0")
-        if self.resize not in RESIZES:
-            raise one_of("resize", self.resize, RESIZES)
-        if self.augment not in AUGMENTS:
-            raise one_of("augment", self.augment, AUGMENTS)
+        choice("resize", self.resize, RESIZES)
+        choice("augment", self.augment, AUGMENTS)
+        choice("decode", self.decode, DECODES)
 
     def __call__(self, data: bytes | Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         """Return a picture as a contiguous uint8 tensor (3,H,W), H = W = resolution.
@@ -235,12 +231,17 @@ class Transform:
         """
         import torch
 
-        image = _to_rgb(data) if isinstance(data, Image.Image) else decode_image(data)
-        if 0 in image.size:
-            raise ImageError("empty", f"{image.width}x{image.height}")
-        if rng is not None and "crop" in self.augment:
-            image = _random_part(image, rng)
-        pixels = np.asarray(self._resized(image))  # (H,W,3)
+        crop = rng is not None and "crop" in self.augment
+        photo = decode_photo(data, self._resampled_to, whole=crop) if self.decode == "scaled" else None
+        if photo is not None:
+            part = photo.cut(random_part(photo.width, photo.height, rng)) if crop else photo
+            pixels = part.framed(self.resolution, *self._geometry(part.width, part.height))  # (H,W,3)
+        else:
+            image = _to_rgb(data) if isinstance(data, Image.Image) else decode_image(data)
+            if 0 in image.size:
+                raise ImageError("empty", f"{image.width}x{image.height}")
+            part = image.crop(random_part(image.width, image.height, rng)) if crop else image
+            pixels = np.asarray(self._resized(part))  # (H,W,3)
         if rng is not None:
             draw = int(rng.integers(8 if "dihedral" in self.augment else 2 if "flip" in self.augment else 1))
             pixels = np.rot90(pixels[:, :: -1 if draw & 1 else 1], draw >> 1)  # mirror, then quarter turns
@@ -276,6 +277,10 @@ class Transform:
         new_width, new_height = (side, along) if width <= height else (along, side)
         return new_width, new_height, round((new_width - side) / 2.0), round((new_height - side) / 2.0)
 
+    def _resampled_to(self, width: int, height: int) -> tuple[int, int]:
+        _check_size(width, height)
+        return self._geometry(width, height)[:2]
+
     def _resized(self, image: Image.Image) -> Image.Image:
         side, bicubic = self.resolution, Image.Resampling.BICUBIC
         width, height, left, top = self._geometry(image.width, image.height)
@@ -283,17 +288,9 @@ class Transform:
             x, y = image.width / width, image.height / height
             right, bottom = min((left + side) * x, image.width), min((top + side) * y, image.height)
             return image.resize((side, side), bicubic, box=(left * x, top * y, right, bottom))
-        resized = image.resize((width, height), bicubic)
-        if self.resize != "pad":
-            return resized.crop((left, top, left + side, top + side))
+        if self.resize != "pad":  # Pillow's two passes, one by one: what the frame does not show skips the second
+            across = image.resize((width, image.height), bicubic).crop((left, 0, left + side, image.height))
+            return across.resize((side, height), bicubic).crop((0, top, side, top + side))
         ground = Image.new("RGB", (side, side), (127, 127, 127))
-        ground.paste(resized, (-left, -top))
+        ground.paste(image.resize((width, height), bicubic), (-left, -top))
         return ground
-
-
-def _random_part(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Draw a part of the picture with its aspect and 70..100 % of its area."""
-    share = float(rng.uniform(0.7, 1.0)) ** 0.5
-    w, h = max(1, round(image.width * share)), max(1, round(image.height * share))
-    left, top = int(rng.integers(image.width - w + 1)), int(rng.integers(image.height - h + 1))
-    return image.crop((left, top, left + w, top + h))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from git_model.batch import BadSample, CaptionBatch, Target
 from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.features import FeatureStore, chosen
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
 from git_model.datasets.sources import Source
@@ -57,6 +58,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         self.augment = augment and transform.augment != "none"
         self.cache: dict[int, Any] | None = {} if cache else None
         self.at: torch.Tensor | None = None
+        self.store: FeatureStore | None = None  # features in place of pictures, which are not read then
 
     def __len__(self) -> int:
         return len(self.source)
@@ -70,14 +72,17 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         if self.at is not None and (worker := get_worker_info()) is not None:
             self.at[worker.id] = record
         try:
-            sample = self.source[record]
+            sample = self.source[record] if self.store is None else self.source.said(record)
         except RecordError as error:
             return BadSample(error.key if isinstance(error, SampleError) else f"record {record}", error.reason)
         try:
             rng = np.random.default_rng([self.seed, epoch, record])
             targets = self._drawn(sample.targets, rng)
-            images = self._images(record, sample.images, rng)
-        except ImageError as error:
+            if self.store is None:
+                images = self._images(record, sample.images, rng)
+            else:
+                images = (torch.from_numpy(self.store.get(record, sample.key)),)
+        except (ImageError, SampleError) as error:
             return BadSample(sample.key, error.reason)
         return Loaded(sample.key, images, targets)
 
@@ -94,12 +99,11 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
 
     def _images(self, record: int, files: Sequence[bytes], rng: np.random.Generator) -> tuple[Any, ...]:
         """Return the transformed pictures; the cache keeps what does not change between visits."""
-        if self.cache is not None and record in self.cache:
-            kept = self.cache[record]
-        else:
-            kept: tuple[Any, ...] = tuple(decode_image(d) if self.augment else self.transform(d) for d in files)
-            if self.cache is not None:
-                self.cache[record] = kept
+        if self.cache is None:
+            return tuple(self.transform(data, rng if self.augment else None) for data in files)
+        if record not in self.cache:
+            self.cache[record] = tuple(decode_image(d) if self.augment else self.transform(d) for d in files)
+        kept = self.cache[record]
         return tuple(self.transform(picture, rng) for picture in kept) if self.augment else kept
 
 
@@ -121,6 +125,9 @@ class GlobalSampler(Sampler[list[Index]]):
         accumulation: micro-batches a step.
         start: (epoch, step) to begin at.
         block: records that are read together; 0 = any order.
+        lengths: of the records' texts; None = whatever order of lengths comes.
+        window: steps whose records are sorted by length, so that those of a step are of a length; the steps of a
+            window then come in any order.
     """
 
     def __init__(
@@ -135,6 +142,8 @@ class GlobalSampler(Sampler[list[Index]]):
         accumulation: int = 1,
         start: tuple[int, int] = (0, 0),
         block: int = 0,
+        lengths: np.ndarray | None = None,
+        window: int = 0,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -145,11 +154,24 @@ class GlobalSampler(Sampler[list[Index]]):
         self.accumulation = accumulation
         self.start = start
         self.block = block
-        self.steps_per_epoch = -(-size // (batch_size * world * accumulation))
+        self.lengths, self.window = lengths, window
+        self.step_size = batch_size * world * accumulation
+        self.steps_per_epoch = -(-size // self.step_size)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the permutation of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
+        order = self._drawn(rng)
+        if self.lengths is None or not self.window:
+            return order
+        whole = self.size - self.size % self.step_size  # the short last step stays what it is
+        for start in range(0, whole, self.window * self.step_size):
+            part = order[start : min(start + self.window * self.step_size, whole)]
+            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step_size)
+            part[:] = steps[rng.permutation(len(steps))].reshape(-1)
+        return order
+
+    def _drawn(self, rng: np.random.Generator) -> np.ndarray:
         kind = np.int32 if self.size < 2**31 else np.int64  # 4 bytes a record in every process
         if not self.block:
             return rng.permutation(np.arange(self.size, dtype=kind))
@@ -177,6 +199,21 @@ class GlobalSampler(Sampler[list[Index]]):
                     block = (step * self.accumulation + micro) * self.world + self.rank
                     records = order[block * self.batch_size : (block + 1) * self.batch_size]
                     yield [(epoch, int(record)) for record in records]
+
+
+def text_lengths(source: Source) -> np.ndarray:
+    """Return the characters of each record's texts, on average over what may be drawn; no picture is read.
+
+    Records that cannot be read count 0; they are reported when they are drawn.
+    """
+    lengths = np.zeros(len(source), np.float32)
+    for record in range(len(source)):
+        try:
+            targets = source.said(record).targets
+        except RecordError:
+            continue
+        lengths[record] = sum(len(t.prompt) + len(t.text) for t in targets) / max(1, len(targets))
+    return lengths
 
 
 def train_batches(
@@ -246,8 +283,6 @@ def eval_batches(
     dataset: ImageTextDataset, collator: Collator, *, batch_size: int, limit: int | None = None
 ) -> Iterator[CaptionBatch]:
     """Yield the records in their own order, at most `limit` of them (spread evenly over the set)."""
-    size = len(dataset)
-    count = size if limit is None else min(limit, size)
-    records = [i * size // count for i in range(count)]
-    for start in range(0, count, batch_size):
+    records = list(chosen(len(dataset), limit))
+    for start in range(0, len(records), batch_size):
         yield collator([dataset[(0, record)] for record in records[start : start + batch_size]])

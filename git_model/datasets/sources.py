@@ -8,6 +8,7 @@ import inspect
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from git_model.batch import Sample, Target
 from git_model.datasets.coco import CocoCaptions, VqaV2
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.records import TSVFile
-from git_model.datasets.shards import TarShards, expand_shards
+from git_model.datasets.webdataset import WebDataset
 from git_model.errors import UserError, nearest, one_of
 
 
@@ -26,6 +27,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample:
         """Return a record, or raise SampleError."""
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its pictures, which are not read; raises SampleError."""
 
     def texts(self) -> Iterator[str]:
         """Yield every caption, question and answer, without touching a picture."""
@@ -51,11 +55,16 @@ class ConceptualCaptions:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.said(index)
+        return replace(sample, images=(_read(self.images / sample.key),))
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its picture."""
         name = f"{index:08d}.jpg"
         columns = self.rows[index]
         if len(columns) < 2 or not columns[0].strip():
             raise SampleError(name, "bad_row")
-        return Sample(name, (_read(self.images / name),), (Target(columns[0].strip()),))
+        return Sample(name, (), (Target(columns[0].strip()),))
 
     def texts(self) -> Iterator[str]:
         """Yield every caption."""
@@ -92,13 +101,22 @@ class TSVPair:
             image = base64.b64decode(columns[1], validate=True)
         except (binascii.Error, ValueError) as error:
             raise SampleError(key, "bad_base64") from error
+        return Sample(key, (image,), self._targets(index, key))
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its picture: the key is the texts' then."""
+        file = self.captions or self.questions
+        key = (file or self.images)[index][0]
+        return Sample(key, (), self._targets(index, key))
+
+    def _targets(self, index: int, key: str) -> tuple[Target, ...]:
         targets: list[Target] = []
         if self.captions:
             targets += [Target(str(c["caption"])) for c in self._cell(self.captions, index, key, "caption")]
         if self.questions:
             asked = self._cell(self.questions, index, key, "question")
             targets += [_question(q, number, key) for number, q in enumerate(asked)]
-        return Sample(key, (image,), tuple(targets))
+        return tuple(targets)
 
     def _cell(self, file: TSVFile, index: int, key: str, needed: str) -> list[dict[str, Any]]:
         columns = file[index]
@@ -124,53 +142,6 @@ class TSVPair:
                     yield from filter(None, (target.prompt, target.text))
 
 
-class WebDataset:
-    """Tar shards of picture and text: img2dataset's (`.jpg`, `.txt`, `.json`) and others of that shape.
-
-    Args:
-        dir: where relative names start.
-        shards: a path, a glob or a brace range `{00000..00331}`.
-        captions: key in a member's JSON that holds one caption or a list; without it, the `.txt` member or
-            the JSON's `caption`.
-    """
-
-    def __init__(self, dir: Path, shards: str, captions: str | None = None) -> None:
-        self.records = TarShards(expand_shards(str(dir / shards)))
-        self.captions = captions
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Sample:
-        record = self.records[index]
-        image = next((record.members[e] for e in ("jpg", "jpeg", "png", "webp") if e in record.members), None)
-        if image is None:
-            raise SampleError(record.key, "no_image")
-        return Sample(record.key, (image,), tuple(map(Target, self._captions(record.key, record.members))))
-
-    def _captions(self, key: str, members: Mapping[str, bytes]) -> list[str]:
-        try:
-            if self.captions is None and "txt" in members:
-                found = members["txt"].decode("utf-8")
-            else:
-                found = json.loads(members["json"])[self.captions or "caption"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise SampleError(key, "no_caption") from error
-        captions = [str(c).strip() for c in (found if isinstance(found, list) else [found])]
-        if not any(captions):
-            raise SampleError(key, "no_caption")
-        return [c for c in captions if c]
-
-    def texts(self) -> Iterator[str]:
-        """Yield every caption."""
-        for index in range(len(self)):
-            try:
-                record = self.records.record(index, only=("txt", "json"))
-                yield from self._captions(record.key, record.members)
-            except RecordError:
-                continue  # counted when the record is drawn
-
-
 class EasyVqa:
     """easy-VQA: `{split}/questions.json` of [question, answer, image id] and `{split}/images/{id}.png`.
 
@@ -193,8 +164,13 @@ class EasyVqa:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.said(index)
+        return replace(sample, images=(_read(self.images / f"{sample.key}.png"),))
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its picture."""
         image = self.ids[index]
-        return Sample(str(image), (_read(self.images / f"{image}.png"),), tuple(self.targets[image]))
+        return Sample(str(image), (), tuple(self.targets[image]))
 
     def texts(self) -> Iterator[str]:
         """Yield every question and answer."""
@@ -214,8 +190,17 @@ class Joined:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Sample:
+        source, local = self._place(index)
+        return source[local]
+
+    def said(self, index: int) -> Sample:
+        """Return a record without its pictures."""
+        source, local = self._place(index)
+        return source.said(local)
+
+    def _place(self, index: int) -> tuple[Source, int]:
         which = bisect_right(self.ends, index)
-        return self.sources[which][index - (self.ends[which - 1] if which else 0)]
+        return self.sources[which], index - (self.ends[which - 1] if which else 0)
 
     def texts(self) -> Iterator[str]:
         """Yield theirs."""
