@@ -25,14 +25,7 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: bad input, too many unusable samples, repeated non-finite steps, or asked to stop (all is saved).
     """
-    from git_model.datasets.sources import build_source, checked_entry
-
-    for entry in (*config.data.train, *config.data.val):
-        checked_entry(entry)
-    for entries in (config.data.train, config.data.val):
-        build_source(entries, config.data.dir)  # most mistakes are there, and it needs no torch
-    if Path(config.train.output_dir).is_file():
-        raise UserError(f"--output_dir {config.train.output_dir} is a file; give a folder")
+    check_paths(config)
     from git_model.datasets.loader import naming_failures
     from git_model.run import Run  # torch comes only now that the recipe is known to be right
 
@@ -51,6 +44,27 @@ def train(config: Config) -> dict[str, float]:
                 run.stop_if_asked()
                 round_off(run)
         return run.finish()
+
+
+def check_paths(config: Config) -> None:
+    """Look at the recipe's data and folder: most mistakes are there, and it needs no torch."""
+    from git_model.datasets.sources import build_source, checked_entry
+
+    for entry in (*config.data.train, *config.data.val):
+        checked_entry(entry)
+    for entries in (config.data.train, config.data.val):
+        build_source(entries, config.data.dir)
+    if Path(config.train.output_dir).is_file():
+        raise UserError(f"--output_dir {config.train.output_dir} is a file; give a folder")
+
+
+def show_plan(config: Config) -> None:
+    """Print what `train` would take, once for all processes."""
+    check_paths(config)
+    if rank_and_world()[0] == 0:
+        from git_model.planning import plan
+
+        print(plan(config))
 
 
 def round_off(run: Run) -> None:
@@ -72,11 +86,15 @@ def sole_writer(folder: Path) -> AbstractContextManager[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, train, and return the exit code (see git_model/errors.py)."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         config, debug = read_command(argv)
-        train(config)
+        if "--plan" in words:
+            show_plan(config)
+        else:
+            train(config)
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error, "interrupted; the same command goes on from the last save, if there is one")
         if debug:

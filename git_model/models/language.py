@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
         hidden = self.hidden(embeds, batch)  # (R,T,E)
         picked = hidden.flatten(0, 1)[batch.predictors]  # (L,E)
         head, smoothing = self.model.get_output_embeddings(), self.label_smoothing
-        if type(head) is not nn.Linear:  # adapters on it
+        if type(head) is not nn.Linear or torch.compiler.is_compiling():  # adapters on it; no loop over sizes
             return F.cross_entropy(self.project(picked).float(), batch.wanted, label_smoothing=smoothing)  # (L,V)
         scale, cap = self._bend()
         with self._exact(picked.device):

@@ -152,7 +152,7 @@ class OpenAITower(nn.Module):
         return net.ln_post(x[:, 1:]) if self.features == "grid" else net.ln_post(x[:, :1]) @ net.proj
 
     def _resnet(self, images: Tensor) -> Tensor:
-        net, x = self.visual, images
+        net, x = self.visual, images.contiguous(memory_format=torch.channels_last)  # the convolutions' own layout
         x = net.relu1(net.bn1(net.conv1(x)))  # (I,C/2,H/2,W/2)
         x = net.relu2(net.bn2(net.conv2(x)))  # (I,C/2,H/2,W/2)
         x = net.avgpool(net.relu3(net.bn3(net.conv3(x))))  # (I,C,H/4,W/4)
@@ -199,8 +199,7 @@ def fetch(name: str, urls: Mapping[str, str] | None = None, cache: str | None = 
         cache: folder; None = $CLIP_CACHE, else ~/.cache/clip as openai-clip.
         timeout: seconds the network may be silent.
     """
-    urls = weight_urls() if urls is None else urls
-    if name not in urls:
+    if name not in (urls := weight_urls() if urls is None else urls):
         raise one_of("OpenAI CLIP weights", name, urls)
     sha256, file_name = urls[name].split("/")[-2:]
     target = Path(cache or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "clip") / file_name
