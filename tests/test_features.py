@@ -197,9 +197,6 @@ def test_later_epochs_touch_neither_pictures_nor_encoder(photos: Path, tmp_path:
         shutil.rmtree(photos / split)
     from git_model.models.vision import VisionEncoder
 
-    def never(*_: Any) -> Any:
-        raise AssertionError("the encoder ran")
-
     forward, VisionEncoder.forward = VisionEncoder.forward, never  # type: ignore[method-assign]
     try:
         train.train(config_of(photos, tmp_path / "out", "--epochs", "3", "--schedule", "constant", *flags))
@@ -207,6 +204,34 @@ def test_later_epochs_touch_neither_pictures_nor_encoder(photos: Path, tmp_path:
         VisionEncoder.forward = forward  # type: ignore[method-assign]
     assert losses(tmp_path / "out") == losses(tmp_path / "whole"), "to the bit"
     assert whole.train.epochs == 3
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("the encoder ran")
+
+
+def test_array_jobs_encode_before_a_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    from git_model.models.vision import VisionEncoder
+    from git_model.schema import to_dict
+    from git_model.tasks.registry import run
+
+    store = tmp_path / "store"
+    config = config_of(photos, tmp_path / "out", "--feature_store", str(store))
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(to_dict(config)))
+    task = {"type": "encode_features", "config": tmp_path / "recipe.yml", "workers": 0, "device": "cpu"}
+    told = [run({**task, "part": part, "parts": 2}) for part in (1, 0)]
+    assert [t["missing"] for t in told] == [1, 0]
+    assert told[0]["pictures"] == PICTURES
+    run({**task, "source": "val", "batch_size": 3})
+    monkeypatch.setattr(VisionEncoder, "forward", never)
+    train.train(config)
+    with pytest.raises(UserError, match="--freeze vision,auto"):
+        (tmp_path / "recipe.yml").write_text(
+            yaml.safe_dump(to_dict(config_of(photos, tmp_path, "--freeze", "nothing")))
+        )
+        run({**task, "feature_store": store})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from git_model.tasks.data import make_shapes, prepare_coco, prepare_tsv, prepare
 from git_model.tasks.evaluate import evaluate
 from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_coco_format, convert_tsv_to_vqa_json
 from git_model.tasks.export_model import export
+from git_model.tasks.features import encode_features
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
 from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
 from git_model.tasks.tsv import caption_tsv, merge_tsv_parts
@@ -38,6 +39,7 @@ TASKS: dict[str, Task] = {
     "prepare_coco": prepare_coco,
     "prepare_vqa": prepare_vqa,
     "prepare_tsv": prepare_tsv,
+    "encode_features": encode_features,
 }
 
 
