@@ -63,12 +63,9 @@ $(IMAGE):
 container-test: $(READY) $(IMAGE)
 	GIT_MODEL_IMAGE=$(IMAGE) $(BIN)/python -m pytest -m container tests/test_container.py tests/test_container_slurm.py
 
+# both sides of everything in one process tree: a table, benchmarks/results/benchmarks.json and .png; under 15 minutes
 bench: $(READY)
-	$(BIN)/python benchmarks/inference.py
-	$(BIN)/python benchmarks/loader.py $(DATA)/rsicd/rsicd-val-*.tar
-	$(BIN)/python benchmarks/scale.py --rows 10000 100000
-	$(BIN)/python benchmarks/quantised.py --images 8
-	$(BIN)/python benchmarks/scoring.py $(DATA)/coco_val2017_subset/captions_val2017.json
+	$(BIN)/python -m benchmarks --data $(DATA)
 
 format: $(READY)
 	$(BIN)/ruff check --fix
