@@ -35,12 +35,11 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write(folder: Path, rows: int) -> None:
-    """Write a TSV pair and tar shards."""
+def write_tsvs(folder: Path, rows: int) -> None:
+    """Write a TSV pair."""
     from git_model.datasets.records import write_tsv
 
-    pictures = [picture(i) for i in range(64)]
-    cells = [base64.b64encode(p) for p in pictures]
+    cells = [base64.b64encode(picture(i)) for i in range(64)]
     said = b'[{"caption":"a small picture"}]'
 
     def images() -> Iterator[tuple[str, bytes]]:
@@ -48,6 +47,12 @@ def write(folder: Path, rows: int) -> None:
 
     write_tsv(folder / "t.img.tsv", images())
     write_tsv(folder / "t.caption.tsv", ((f"{i:08d}", said) for i in range(rows)))
+
+
+def write(folder: Path, rows: int) -> None:
+    """Write a TSV pair and tar shards."""
+    write_tsvs(folder, rows)
+    pictures = [picture(i) for i in range(64)]
     for shard in range(-(-rows // PER_SHARD)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
             for i in range(shard * PER_SHARD, min(rows, (shard + 1) * PER_SHARD)):

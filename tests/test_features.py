@@ -227,10 +227,9 @@ def test_array_jobs_encode_before_a_run(photos: Path, tmp_path: Path, monkeypatc
     run({**task, "source": "val", "batch_size": 3})
     monkeypatch.setattr(VisionEncoder, "forward", never)
     train.train(config)
+    trained = config_of(photos, tmp_path, "--freeze", "nothing")
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(to_dict(trained)))
     with pytest.raises(UserError, match="--freeze vision,auto"):
-        (tmp_path / "recipe.yml").write_text(
-            yaml.safe_dump(to_dict(config_of(photos, tmp_path, "--freeze", "nothing")))
-        )
         run({**task, "feature_store": store})
 
 

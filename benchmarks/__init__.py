@@ -1,0 +1,1 @@
+"""Speed, both sides in one run: `python -m benchmarks`."""
