@@ -127,7 +127,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
         number: {name: share(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    fused = [group.get("fused") for group in optimizer.param_groups]
-    optimizer.load_state_dict({**state, "state": moments})
-    for group, own in zip(optimizer.param_groups, fused, strict=True):  # a matter of this machine, not of the run
-        group["fused"] = own
+    # before loading: torch puts the counts of steps where a fused kernel, or none, expects them
+    own = [group.get("fused") for group in optimizer.param_groups]
+    groups = [{**group, "fused": fused} for group, fused in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})

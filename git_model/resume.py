@@ -93,7 +93,8 @@ def read_model(found: Path, config: Config, world: int = 1) -> dict[str, Any]:
         UserError: a setting that decides what is learned differs (names old and new values).
     """
     content = read_content(found / MODEL)
-    before, now = flat(content.get("config", {})), flat(to_dict(config))
+    # what an older save does not know yet was as the default is now
+    before, now = flat(to_dict(Config())) | flat(content.get("config", {})), flat(to_dict(config))
     before["samples a step"] = content.get("samples_a_step")
     now["samples a step"] = config.train.batch_size * config.train.accumulation * world
     changed = [k for k in now if k not in MAY_CHANGE and k in before and before[k] != now[k]]

@@ -75,7 +75,7 @@ class Run:
         place = (self.accelerator.process_index, self.accelerator.num_processes)
         self.sampler = training.data_order(config, source, *place)
         if config.data.feature_store is not None:
-            use_features(config, self.raw_model.vision, self.data, self.val_data, self.accelerator, self.stop)
+            use_features(config, self.raw_model, self.data, self.val_data, self.accelerator, self.stop)
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
 
         self.ledger = training.SampleLedger(config.data.max_bad)

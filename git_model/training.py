@@ -51,7 +51,7 @@ def data_order(config: Config, source: Source, rank: int, world: int) -> GlobalS
         world=world,
         accumulation=options.accumulation,
         block=config.data.shuffle_block,
-        lengths=text_lengths(source) if window else None,
+        lengths=text_lengths(source, config.data.pack and config.data.targets == 0) if window else None,
         window=window,
     )
 

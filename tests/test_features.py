@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from tiny import png
 from torch import Tensor
 
 import train
+from git_model.batch import Sample, Target
 from git_model.config import Config
-from git_model.datasets.features import FeatureStore, fill
+from git_model.datasets import features
+from git_model.datasets.features import FeatureStore, stamp
 from git_model.datasets.files import SampleError
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import ImageTextDataset
 from git_model.datasets.sources import build_source
+from git_model.encoding import fill
 from git_model.errors import EXIT_IO, Preempted, UserError
 from git_model.flags import read_flags
 
@@ -74,12 +78,12 @@ def test_features_come_back(photos: Path, tmp_path: Path, kind: str, error: floa
     for record in range(PICTURES):
         if record in (3, 7):
             with pytest.raises(SampleError) as caught:
-                store.get(record, f"{record:08d}.jpg")
+                store.get(record, data.source.said(record))
             assert caught.value.reason == ("truncated" if record == 3 else "missing")
             continue
         picture = data[(0, record)].images[0]  # type: ignore[union-attr]
-        found = store.get(record, f"{record:08d}.jpg")
-        assert (found.dtype, found.shape) == (np.float16, SHAPE)
+        found = store.get(record, data.source.said(record))
+        assert (found.dtype, found.shape) == (np.float16 if kind == "float16" else np.float32, SHAPE)
         np.testing.assert_allclose(found, encode(picture[None])[0].numpy(), atol=error)
 
 
@@ -96,6 +100,18 @@ def test_batches_and_processes_make_the_same_files(photos: Path, tmp_path: Path)
     assert contents[0] == contents[1]
 
 
+def test_few_descriptors_stay_open(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_MAPPED", 4)
+    data, store = data_of(photos), store_of(tmp_path)
+    store.per_file, store.files = 1, PICTURES
+    store.announce()
+    fill(store, data, encode)
+    before = len(os.listdir("/proc/self/fd"))
+    for record in (*range(3), *range(10, PICTURES), 1):
+        store.get(record, data.source.said(record))
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
 def test_safetensors_reads_the_files(photos: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -104,7 +120,7 @@ def test_safetensors_reads_the_files(photos: Path, tmp_path: Path) -> None:
     fill(store, data_of(photos), encode)
     tensors = load_file(next(store.folder.glob("*.safetensors")))
     assert tensors["features"].shape == (PICTURES, *SHAPE)
-    np.testing.assert_array_equal(tensors["features"][5], store.get(5, "00000005.jpg"))
+    np.testing.assert_array_equal(tensors["features"][5], store.get(5, data_of(photos).source.said(5)))
 
 
 def test_another_identity_is_another_store(tmp_path: Path) -> None:
@@ -124,8 +140,12 @@ def test_changed_data_is_noticed(photos: Path, tmp_path: Path) -> None:
     store = store_of(tmp_path)
     store.announce()
     fill(store, data_of(photos), encode)
-    with pytest.raises(UserError, match="record 5 is 'other' now"):
-        store.get(5, "other")
+    said = data_of(photos).source.said(5)
+    for changed in (replace(said, key="other"), replace(said, targets=(Target("another text"),))):
+        with pytest.raises(UserError, match=f"record 5 is '{changed.key}' now"):
+            store.get(5, changed)
+    with pytest.raises(UserError, match=r"record 30 .* is not in the feature store"):
+        store.get(30, said)
 
 
 def test_the_size_is_told_and_must_fit(
@@ -150,9 +170,13 @@ def test_what_float16_cannot_hold_is_an_error(tmp_path: Path) -> None:
         features = np.full((PICTURES, *SHAPE), 1e5, np.float32)
         if kind == "float16":
             with pytest.raises(UserError, match="int8 has a scale"):
-                store.write(0, features, ["k"] * PICTURES, {})
+                store.write(0, features, [0] * PICTURES, {})
         else:
-            assert store.write(0, features, ["k"] * PICTURES, {}) < 1e-6
+            sample = Sample("a", (), ())
+            assert store.write(0, features, [stamp(sample)] * PICTURES, {}) < 1e-6
+            np.testing.assert_allclose(store.get(3, sample), features[3], rtol=1e-5)
+            with pytest.raises(UserError, match="not finite"):
+                store.write(0, features * np.inf, [0] * PICTURES, {})
 
 
 def recipe(photos: Path, out: Path, *flags: str) -> list[str]:
@@ -246,16 +270,37 @@ def test_what_cannot_be_stored_is_refused(photos: Path, tmp_path: Path, flags: t
         config_of(photos, tmp_path, "--feature_store", str(tmp_path / "store"), *flags)
 
 
-def test_asked_to_stop_it_keeps_what_is_there(photos: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_it_leaves_and_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from git_model.cluster import StopRequest
     from git_model.run import Run
 
     stop = StopRequest()
     stop.why = "SIGTERM"
-    config = config_of(photos, tmp_path / "out", "--feature_store", str(tmp_path / "store"))
+    config, note = config_of(photos, tmp_path / "out", "--feature_store", str(tmp_path / "store")), tmp_path / "note"
+    monkeypatch.setenv("GIT_MODEL_STOP_NOTE", str(note))
     with pytest.raises(Preempted, match="stopped by SIGTERM while pictures were encoded"):
         Run(config, stop)
-    assert len(list((tmp_path / "store").glob("*/*.safetensors"))) == 1
+    assert [path.name for path in (tmp_path / "store").glob("*/*")] == ["STORE.json"], "nothing half-written"
+    assert note.read_text() == "0\n"
+    train.train(config)
+    assert len(list((tmp_path / "store").glob("*/*.safetensors"))) == 2
+
+
+def test_an_empty_share_of_a_step_is_no_obstacle(photos: Path, tmp_path: Path, root: Path) -> None:
+    """33 records in batches of 16 on two processes: the last step has one record, for the first of them."""
+    for split, name in (("train", LIST),):
+        with (photos / name).open("a") as file:
+            for i in range(30, 33):
+                (photos / split / f"{i:08d}.jpg").write_bytes(png(i))
+                file.write(f"one more {i}\thttp://x/{i}\n")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    line += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "train.py"]
+    line += recipe(photos, tmp_path / "two", "--epochs", "1", "--bs", "16", "--fsdp")
+    line += ["--feature_store", str(tmp_path / "store")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(tmp_path / "two")) == 2
 
 
 def test_two_processes_share_the_work(photos: Path, tmp_path: Path, root: Path) -> None:

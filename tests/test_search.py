@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, MistralConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, GPTNeoXConfig, MistralConfig
 
 from git_model.batch import Target
 from git_model.datasets.collate import Collator, Loaded
 from git_model.models.answers import AnswerTrie
 from git_model.models.language import Decoding, LanguageModel
-from git_model.models.search import Tree, follows_masks, nucleus
+from git_model.models.prompts import follows_masks
+from git_model.models.search import Tree, nucleus
 from tests.tiny import DECODERS, captions, codec, git_model, language_model, picture
 
 EOS, K = 256, 3
@@ -123,6 +124,18 @@ def test_a_window_is_left_to_transformers() -> None:
     assert language.branches
     expected = said(language, SEARCHES["greedy"], 7, plain=True)
     assert said(language, SEARCHES["greedy"], 7, plain=False, pack=False) == expected
+    assert said(language, SEARCHES["greedy"], 3, plain=False) == said(language, SEARCHES["greedy"], 3, plain=True)
+
+
+def test_masks_that_count_columns_are_left_to_transformers() -> None:
+    """GPT-Neo's local layers look back a number of columns, of which a tree has more than tokens."""
+    kinds = [[["global", "local"], 1]]
+    config = GPTNeoConfig(
+        vocab_size=257, hidden_size=32, num_layers=2, num_heads=4, attention_types=kinds, window_size=8
+    )
+    language = ending(grown(config))
+    assert not language.branches
+    assert said(language, SEARCHES["4 beams"], 3, plain=False) == said(language, SEARCHES["4 beams"], 3, plain=True)
 
 
 def test_a_decoder_without_positions_is_asked_one_prompt_a_row() -> None:
@@ -131,8 +144,10 @@ def test_a_decoder_without_positions_is_asked_one_prompt_a_row() -> None:
     assert not language.branches
     expected = said(language, SEARCHES["4 beams"], 3, plain=True)
     assert said(language, SEARCHES["4 beams"], 3, plain=False, pack=False) == expected
+    assert said(language, SEARCHES["4 beams"], 3, plain=False) == expected, "packed rows are taken apart"
+    batch = Collator(codec(), K, generate=True, pack=True)(asked(PROMPTS, 3))
     with pytest.raises(ValueError, match="one prompt a row"):
-        said(language, SEARCHES["4 beams"], 3, plain=False)
+        language.reference(language.embed(batch, image_tokens(3)), batch, SEARCHES["4 beams"], EOS, EOS)
 
 
 @pytest.mark.parametrize("architecture", DECODERS)

@@ -106,3 +106,23 @@ def test_gradients_of_half_precision_are_scaled_before_they_are_rounded() -> Non
     vocabulary_loss(hidden, wanted, weight).mul(65536).backward()
     assert hidden.grad is not None
     assert float((hidden.grad != 0).float().mean()) > 0.9
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_made_for_gradients_that_nobody_asks_for() -> None:
+    hidden, wanted, head = parts(torch.float32, False)
+    with torch.no_grad(), Products() as seen:
+        vocabulary_loss(hidden.detach(), wanted, head.weight, chunk=4 * V)
+    assert seen.found == -(-L // 4)
+    with Products() as seen:
+        vocabulary_loss(hidden, wanted, head.weight, chunk=4 * V)
+    assert seen.found == 3 * -(-L // 4)

@@ -22,21 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from git_model.batch import BadSample
+from git_model.batch import Sample
 from git_model.datasets.files import SampleError, write_all
 from git_model.errors import EXIT_IO, UserError
 from git_model.saves import sync_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from git_model.datasets.loader import ImageTextDataset
+    pass
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 64 * 2**20  # of one file, about
 FILE_RECORDS = 4096  # of one file, at most
 KINDS = {"float16": 2, "int8": 1}  # bytes a number
+MAX_MAPPED = 256  # files a process has mapped at a time: each keeps a descriptor
 
 
 class FeatureStore:
@@ -81,34 +80,38 @@ class FeatureStore:
         """Return the records of a file."""
         return self.records[number * self.per_file : (number + 1) * self.per_file]
 
-    def get(self, record: int, key: str) -> np.ndarray:
-        """Return the features (N,D) float16 of a record.
+    def get(self, record: int, sample: Sample) -> np.ndarray:
+        """Return the features (N,D) of a record: float16, or float32 of int8.
 
         Args:
             record: its number in the data set.
-            key: its key there, held against the one its features were made for.
+            sample: what is said of it; name and texts are held against those its features were made beside.
 
         Raises:
             SampleError: its picture could not be used; with the reason found then.
             UserError: it is not in the store, or another record is in its place.
         """
-        slot = record if self.slots is None else self.slots[record]
+        slot = record if self.slots is None else self.slots.get(record, -1)
+        if not 0 <= slot < len(self):
+            raise UserError(f"record {record} ('{sample.key}') is not in the feature store {self.folder}")
         number, place = divmod(slot, self.per_file)
         if number not in self._open:
+            if len(self._open) >= MAX_MAPPED:
+                self._open.pop(next(iter(self._open)))
             self._open[number] = _File(self.folder / f"{number:05d}.safetensors")
         file = self._open[number]
-        if (reason := file.reasons.get(str(place))) is not None:
-            raise SampleError(key, reason)
-        if int(file.keys[place]) != zlib.crc32(key.encode()):
+        if int(file.keys[place]) != stamp(sample):
             raise UserError(
-                f"the data has changed since its features were stored: record {record} is '{key}' now; "
-                f"remove {self.folder} to encode it again"
+                f"the data has changed since its features were stored: record {record} is '{sample.key}' now, with "
+                f"other texts or another name; remove {self.folder} to encode it again"
             )
+        if (reason := file.reasons.get(str(place))) is not None:
+            raise SampleError(sample.key, reason)
         found = file.features[place]  # (N,D)
         if self.kind == "float16":
             return found.copy()  # the mapping is read-only, which torch's tensors cannot say
         assert file.scales is not None
-        return (found * file.scales[place][:, None]).astype(np.float16)
+        return found * file.scales[place][:, None]
 
     def announce(self) -> None:
         """Make the folder and say how large the store will be.
@@ -137,13 +140,13 @@ class FeatureStore:
             )
         write_all([(self.folder / "STORE.json", [json.dumps(self.identity, indent=2).encode() + b"\n"])])
 
-    def write(self, number: int, features: np.ndarray, keys: Sequence[str], reasons: Mapping[int, str]) -> float:
+    def write(self, number: int, features: np.ndarray, stamps: Sequence[int], reasons: Mapping[int, str]) -> float:
         """Write a file, whole or not at all.
 
         Args:
             number: which.
             features: (records,N,D) float32; zeros for a record without a usable picture.
-            keys: of its records.
+            stamps: of its records, see `stamp`.
             reasons: why a record, by its place in the file, has no features.
 
         Returns:
@@ -151,7 +154,9 @@ class FeatureStore:
         """
         from safetensors.numpy import save_file
 
-        tensors: dict[str, np.ndarray] = {"keys": np.array([zlib.crc32(key.encode()) for key in keys], np.uint32)}
+        if not np.isfinite(features).all():
+            raise UserError(f"the encoder gives numbers that are not finite (file {number} of {self.folder})")
+        tensors: dict[str, np.ndarray] = {"keys": np.array(stamps, np.uint32)}
         if self.kind == "int8":
             scales = np.maximum(np.abs(features).max(axis=2), 1e-12) / 127  # (records,N)
             tensors["features"] = np.round(features / scales[..., None]).astype(np.int8)
@@ -187,7 +192,8 @@ class _File:
             size = int.from_bytes(whole[:8].tobytes(), "little")
             head = json.loads(whole[8 : 8 + size].tobytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the features in {path}: {error}; remove it to encode them again") from error
+            told = "" if isinstance(error, OSError) else "; remove it to encode them again"
+            raise UserError(f"cannot read the features in {path}: {error}{told}", EXIT_IO) from error
         self.reasons: dict[str, str] = json.loads(head["__metadata__"]["reasons"])
         arrays = {}
         for name, kind in (("features", None), ("keys", np.uint32), ("scales", np.float32)):
@@ -198,79 +204,10 @@ class _File:
         self.features, self.keys, self.scales = arrays["features"], arrays["keys"], arrays.get("scales")
 
 
-def fill(
-    store: FeatureStore,
-    data: ImageTextDataset,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    rank: int = 0,
-    world: int = 1,
-    batch_size: int = 32,
-    workers: int = 0,
-    stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Encode this process's share of what a store lacks; a progress bar on the first.
-
-    Args:
-        store: of `data`; announced.
-        data: the pictures as they are encoded.
-        encode: (I,3,H,W) uint8 -> (I,N,D).
-        rank: of this process; files are dealt out by number.
-        world: number of processes.
-        batch_size: pictures at a time.
-        workers: processes that read pictures.
-        stop: asked after each file.
-
-    Returns:
-        whether this share is whole; False where `stop` said so.
-    """
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from git_model.datasets.collate import Loaded
-
-    numbers = [number for number in store.missing() if number % world == rank]
-    order = [(0, record) for number in numbers for record in store.members(number)]
-    loader = DataLoader(data, sampler=order, batch_size=None, num_workers=workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
-    stream, errors = iter(loader), []
-    with tqdm(total=len(order), unit="image", desc="encoding pictures once", disable=rank > 0 or not order) as bar:
-        for number in numbers:
-            count = len(store.members(number))
-            features = np.zeros((count, *store.shape), np.float32)
-            keys, reasons, waiting = [], {}, []
-            for place in range(count):
-                item = next(stream)
-                keys.append(item.key)
-                if isinstance(item, BadSample):
-                    reasons[place] = item.reason
-                elif isinstance(item, Loaded) and len(item.images) != 1:
-                    raise UserError(f"a feature store holds one picture a record; '{item.key}' has {len(item.images)}")
-                else:
-                    waiting.append((place, item.images[0].clone()))
-                if waiting and (len(waiting) == batch_size or place == count - 1):
-                    _encode(waiting, encode, features)
-                bar.update()
-            _encode(waiting, encode, features)
-            errors.append(store.write(number, features, keys, reasons))
-            if stop():
-                return False
-    if errors and rank == 0:
-        log.info("%s features: root mean square error %.2e of theirs", store.kind, max(errors))
-    return True
-
-
-def _encode(waiting: list[tuple[int, Any]], encode: Callable[[Any], Any], features: np.ndarray) -> None:
-    """Put the features of the waiting pictures in their places."""
-    import torch
-
-    if waiting:
-        places = [place for place, _ in waiting]
-        features[places] = encode(torch.stack([picture for _, picture in waiting])).float().cpu().numpy()
-        waiting.clear()
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
+def stamp(sample: Sample) -> int:
+    """Return a number that tells a record's name and texts from others."""
+    words = [sample.key, *(word for target in sample.targets for word in (target.prompt, target.text))]
+    return zlib.crc32("\0".join(words).encode("utf-8", "surrogatepass"))
 
 
 def _spelled(records: Sequence[int]) -> Any:

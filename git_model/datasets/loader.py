@@ -81,7 +81,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             if self.store is None:
                 images = self._images(record, sample.images, rng)
             else:
-                images = (torch.from_numpy(self.store.get(record, sample.key)),)
+                images = (torch.from_numpy(self.store.get(record, sample)),)
         except (ImageError, SampleError) as error:
             return BadSample(sample.key, error.reason)
         return Loaded(sample.key, images, targets)
@@ -201,8 +201,8 @@ class GlobalSampler(Sampler[list[Index]]):
                     yield [(epoch, int(record)) for record in records]
 
 
-def text_lengths(source: Source) -> np.ndarray:
-    """Return the characters of each record's texts, on average over what may be drawn; no picture is read.
+def text_lengths(source: Source, together: bool = False) -> np.ndarray:
+    """Return the characters of each record's texts: of one on average, or of all `together`. No picture is read.
 
     Records that cannot be read count 0; they are reported when they are drawn.
     """
@@ -212,7 +212,7 @@ def text_lengths(source: Source) -> np.ndarray:
             targets = source.said(record).targets
         except RecordError:
             continue
-        lengths[record] = sum(len(t.prompt) + len(t.text) for t in targets) / max(1, len(targets))
+        lengths[record] = sum(len(t.prompt) + len(t.text) for t in targets) / (1 if together else max(1, len(targets)))
     return lengths
 
 
@@ -234,12 +234,12 @@ def train_batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_first_sigterm if workers else None,
+        worker_init_fn=outlive_first_sigterm if workers else None,
     )
     yield from loader
 
 
-def _outlive_first_sigterm(_worker: int) -> None:
+def outlive_first_sigterm(_worker: int) -> None:
     """Let the first SIGTERM pass: a cluster sends it to every process, and the main one still has to save."""
 
     def pass_once(_number: int, _frame: object) -> None:

@@ -34,6 +34,7 @@ class GitModel(nn.Module):
         self.frozen: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of parts a checkpoint names but does not hold; see checkpoint.py
         self.checkpointing = False  # of a frozen decoder
+        self.reads_features = False  # batches hold features, from a store, not pictures
 
     @property
     def num_image_tokens(self) -> int:
@@ -101,14 +102,16 @@ class GitModel(nn.Module):
         return loss * 0.0 if empty else loss
 
     def _blank(self, device: torch.device) -> CaptionBatch:
-        """Return a batch of a black picture and the end of text."""
+        """Return a batch of a black picture, or of features that are 0, and the end of text."""
         size, side = self.num_image_tokens, self.vision.resolution
         image = torch.arange(size + 1, device=device)[None] < size  # (1,T)
         ids = torch.full((1, size + 1), self.codec.pad_id, device=device).masked_fill(
             ~image, self.codec.eos_id
         )  # (1,T)
+        picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+        features = torch.zeros(1, self.vision.num_tokens, self.vision.dim, device=device)
         return CaptionBatch(
-            images=torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device),
+            images=features if self.reads_features else picture,
             image_index=torch.zeros(1, dtype=torch.long, device=device),
             input_ids=ids,
             image_mask=image,

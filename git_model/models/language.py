@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,74 +14,13 @@ from transformers import GenerationConfig
 
 from git_model.batch import CaptionBatch
 from git_model.errors import UserError
-from git_model.models.answers import AnswerTrie
+from git_model.models.decoding import Decoding
 from git_model.models.lora import adapters, merge_adapters
-from git_model.models.search import follows_masks, search
+from git_model.models.prompts import follows_masks, one_a_row
+from git_model.models.search import search
 from git_model.models.vocabulary import vocabulary_loss
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is generated.
-
-    Args:
-        beams: 1 = greedy (or sampling).
-        max_new_tokens: longest answer in tokens, image and prompt not counted.
-        min_new_tokens: EOS is forbidden before.
-        length_penalty: exponent on the length of a beam's score; above 0 favours longer ones (Hugging Face's sense).
-        sample: draw instead of taking the likeliest; needs `seed` for repeatability.
-        temperature: of sampling.
-        top_p: of sampling; 1 = off.
-        seed: of sampling.
-        answers: the only token sequences allowed; sets `max_new_tokens` to the longest.
-    """
-
-    beams: int = 1
-    max_new_tokens: int = 40
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    answers: AnswerTrie | None = None
-
-    def __post_init__(self) -> None:
-        if self.beams < 1 or self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise UserError(
-                f"decoding needs beams >= 1 and 0 <= min_new_tokens <= max_new_tokens >= 1, got beams {self.beams}, "
-                f"min {self.min_new_tokens}, max {self.max_new_tokens}"
-            )
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"sampling needs temperature > 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_p}")
-        if self.answers and self.min_new_tokens:
-            raise UserError(f"a list of answers allows no min_new_tokens, got {self.min_new_tokens}")
-
-    @property
-    def longest(self) -> int:
-        """The most new tokens a row can get."""
-        return self.answers.longest if self.answers else self.max_new_tokens
-
-    def settings(self, eos_id: int | list[int], pad_id: int, **others: Any) -> dict[str, Any]:
-        """Return the arguments of Hugging Face's `generate`; `others` go into its GenerationConfig."""
-        config = GenerationConfig(
-            max_new_tokens=self.longest,
-            min_new_tokens=self.min_new_tokens or None,
-            num_beams=self.beams,
-            length_penalty=self.length_penalty if self.beams > 1 else None,
-            do_sample=self.sample,
-            temperature=self.temperature if self.sample else None,
-            top_p=self.top_p if self.sample else None,
-            top_k=0 if self.sample else None,
-            eos_token_id=eos_id,
-            pad_token_id=pad_id,
-            **others,
-        )
-        if self.answers is None:
-            return {"generation_config": config}
-        return {"generation_config": config, "prefix_allowed_tokens_fn": self.answers.constraint()}
 
 
 class LanguageModel(nn.Module):
@@ -202,11 +140,13 @@ class LanguageModel(nn.Module):
     @property
     def branches(self) -> bool:
         """Whether prompts of a picture can share its tokens while they are answered; tried out once."""
-        if self.sharded:
+        if self.sharded or self.model.config.model_type == "gpt_neo":  # whose own mask counts columns
             return False
         if self._branches is None:
             try:
                 self._branches = follows_masks(self)
+            except torch.OutOfMemoryError:
+                raise
             except (
                 TypeError,
                 ValueError,
@@ -234,11 +174,11 @@ class LanguageModel(nn.Module):
         Returns:
             (G,new) ids of the new tokens only, a line for each prompt.
         """
-        window = getattr(self.model.config, "sliding_window", None)  # a mask of ours would overrule it
-        longest = embeds.shape[1] + decoding.longest
-        fit = not (decoding.sample and decoding.beams > 1) and (window is None or longest <= window)
-        if not (fit and self.branches):
-            return self.reference(embeds, batch, decoding, eos_id, pad_id)
+        config = self.model.config  # a mask of ours would overrule the model's own windows
+        windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+        fits = all(window is None or embeds.shape[1] + decoding.longest <= window for window in windows)
+        if not fits or (decoding.sample and decoding.beams > 1) or not self.branches:
+            return self.reference(*one_a_row(embeds, batch), decoding, eos_id, pad_id)
         self._check_room(batch.longest, decoding)
         with self._arithmetic(embeds.device.type):
             return search(self, embeds, batch, decoding, eos_id, pad_id)
@@ -246,8 +186,8 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def reference(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
         """Continue left-padded rows of one prompt each by transformers' `generate`; returns (R,new) ids."""
-        if batch.packed:
-            raise ValueError("transformers' generate takes one prompt a row")
+        if batch.packed or not bool(batch.attention_mask[:, -1].all()):
+            raise ValueError("transformers' generate takes one prompt a row, padded on the left")
         self._check_room(embeds.shape[1], decoding)
         settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id)
         if decoding.sample:

@@ -9,59 +9,21 @@ once, no cache is ever reordered, and rows that are through leave the batch. The
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from git_model.batch import CaptionBatch
+from git_model.models.prompts import Columns, branches, own_and_prefix
 
 if TYPE_CHECKING:
     from git_model.models.language import Decoding, LanguageModel
 
 FAR = -1e9  # the score of a beam that is none, in transformers' beam search
-SPARE = 64  # columns by which caches grow
 LEAVE = 0.75  # share of the rows still at work at which the others are dropped
-
-
-class Columns(DynamicLayer):
-    """Keys and values of a layer, (R,heads,columns,width each), with room for more: no copy at every token."""
-
-    def __init__(self, **others: Any) -> None:
-        super().__init__(**others)
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make buffers like the first keys and values."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append (R,heads,new,width); return all keys and values so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.length, self.length + key_states.shape[2]
-        assert self.keys is not None
-        assert self.values is not None
-        if end > self.keys.shape[2]:
-            spare = end + max(SPARE, start // 4) - self.keys.shape[2]
-            self.keys, self.values = (F.pad(x, (0, 0, 0, spare)) for x in (self.keys, self.values))
-        self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        """Return the columns in use."""
-        return self.length
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class Tree:
@@ -81,10 +43,8 @@ class Tree:
         counts = branches(batch)
         device = embeds.device
         self.row = torch.arange(self.rows).repeat_interleave(torch.tensor(counts))  # (G,) on the CPU, sorted
-        number = torch.tensor([n for count in counts for n in range(1, count + 1)], device=device)  # (G,)
         row = self.row.to(device)
-        own = batch.segments[row] == number[:, None]  # (G,T)
-        prefix = (batch.segments == 0)[row]  # (G,T)
+        own, prefix = own_and_prefix(batch)  # (G,T) each
         places = torch.arange(self.length, device=device)
         last, before = (torch.where(where, places, -1).amax(1) for where in (own, prefix))  # (G,) each
         self.tail = torch.where(last >= 0, last, before)  # (G,): an empty prompt goes on from the picture
@@ -124,7 +84,7 @@ class Tree:
         ids = tokens.new_zeros(self.rows, most * beams)  # (R,Q)
         positions = torch.zeros_like(ids)  # (R,Q)
         low = torch.finfo(self.embeds.dtype).min
-        mask = self.embeds.new_full((self.rows, most * beams, self.length), low)  # (R,Q,columns)
+        mask = self.embeds.new_zeros(self.rows, most * beams, self.length)  # (R,Q,columns); unused rows see all
         ids[row[:, None], place] = tokens
         positions[row[:, None], place] = self.position[:, None].expand(-1, beams)
         seen = torch.zeros(self.visible.shape, dtype=mask.dtype, device=device)
@@ -255,13 +215,6 @@ def search(
     return choice.found  # (G,new)
 
 
-def branches(batch: CaptionBatch) -> list[int]:
-    """Return how many prompts each row holds."""
-    if batch.targets:
-        return [len(targets) for targets in batch.targets]
-    return batch.segments.amax(1).clamp(min=1).tolist() if batch.segments.numel() else [1] * len(batch.segments)
-
-
 def forbidden(scores: Tensor, decoding: Decoding, step: int, eos_id: int, ids: Tensor) -> Tensor:
     """Return scores (H,V) with what may not follow the ids so far, (H,step), at minus infinity."""
     if step < decoding.min_new_tokens:
@@ -288,33 +241,3 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
 def _pick(lines: Tensor, which: Tensor) -> Tensor:
     """Return (G,beams,new) of (G,more,new)."""
     return lines.gather(1, which[..., None].expand(-1, -1, lines.shape[2]))
-
-
-@torch.no_grad()
-def follows_masks(language: LanguageModel) -> bool:
-    """Tell whether a decoder obeys the masks and positions of a tree: grow a small one, and a line without branches."""
-    table, device = language.model.get_input_embeddings(), next(language.model.parameters()).device
-    embeds = table(torch.tensor([[1, 2, 3, 4]], device=device))  # (1,4,E)
-    cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
-
-    def last(embeds: Tensor, sees: list[list[int]], positions: list[int]) -> Tensor:
-        mask = (1 - torch.tensor(sees, device=device, dtype=embeds.dtype)) * torch.finfo(embeds.dtype).min
-        out = language.body(
-            inputs_embeds=embeds,
-            attention_mask=mask[None, None],  # (1,1,Q,columns)
-            position_ids=torch.tensor([positions], device=device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1].float()  # (1,E)
-
-    training = language.training
-    language.eval()  # in training some decoders keep no cache
-    try:
-        last(embeds, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], [0, 1, 2, 2])
-        grown = last(embeds[:, :1], [[1, 1, 1, 0, 1]], [3])  # after 1 2 3; the 4 is a branch beside the 3
-        line = torch.cat([embeds[:, :3], embeds[:, :1]], dim=1)
-        expected = language.body(inputs_embeds=line, use_cache=False).last_hidden_state[:, -1].float()  # (1,E)
-    finally:
-        language.train(training)
-    return bool((grown - expected).norm() < 0.05 * expected.norm())

@@ -37,7 +37,8 @@ def vocabulary_loss(
         smoothing: of the labels.
         chunk: logits at a time.
     """
-    return _Chunks.apply(hidden, wanted, weight, bias, scale, cap, smoothing, chunk)  # type: ignore[no-any-return]
+    learns = torch.is_grad_enabled()
+    return _Chunks.apply(hidden, wanted, weight, bias, scale, cap, smoothing, chunk, learns)  # type: ignore[no-any-return]
 
 
 class _Chunks(torch.autograd.Function):
@@ -52,14 +53,17 @@ class _Chunks(torch.autograd.Function):
         cap: float | None,
         smoothing: float,
         chunk: int,
+        learns: bool,
     ) -> Tensor:
         """Sum the losses of the chunks, and the gradients of what asks for them."""
-        by_hidden, _, by_weight, by_bias, *_ = ctx.needs_input_grad
+        by_hidden, _, by_weight, by_bias, *_ = (asks and learns for asks in ctx.needs_input_grad)
+        learns = by_hidden or by_weight or by_bias
         total = torch.zeros((), device=hidden.device)
-        # in float32 until the loss scale of fp16 has been multiplied on
-        to_hidden = torch.empty_like(hidden, dtype=torch.float32) if by_hidden else None  # (L,E)
-        to_weight = torch.zeros_like(weight) if by_weight else None  # (V,E)
-        to_bias = torch.zeros_like(bias) if by_bias and bias is not None else None  # (V,)
+        # in float32 until they are means, and the loss scale of fp16 has been multiplied on
+        wide = {"dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32}
+        to_hidden = torch.empty_like(hidden, **wide) if by_hidden else None  # (L,E)
+        to_weight = torch.zeros_like(weight, **wide) if by_weight else None  # (V,E)
+        to_bias = torch.zeros_like(bias, **wide) if by_bias and bias is not None else None  # (V,)
         size = max(1, chunk // len(weight))
         for start in range(0, len(wanted), size):
             part = slice(start, start + size)
@@ -67,19 +71,19 @@ class _Chunks(torch.autograd.Function):
             logits = raw if scale == 1 else raw.mul_(scale)
             logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
             bent = None if cap is None else 1 - (logits / cap) ** 2  # the cap's slope (l,V)
-            loss, slope = _loss_and_slope(logits, wanted[part], smoothing, any(ctx.needs_input_grad))
+            loss, slope = _loss_and_slope(logits, wanted[part], smoothing, learns)
             total += loss
-            if not any(ctx.needs_input_grad):
+            if not learns:
                 continue
             slope = slope if bent is None else slope.mul_(bent)
-            slope = (slope if scale == 1 else slope.mul_(scale)).to(weight.dtype)  # (l,V)
+            slope = slope if scale == 1 else slope.mul_(scale)  # (l,V)
             if to_hidden is not None:
-                to_hidden[part] = slope @ weight
+                to_hidden[part] = slope.to(weight.dtype) @ weight
             if to_weight is not None:
-                to_weight += slope.T @ hidden[part].to(slope.dtype)
+                to_weight += _summed(slope, hidden[part])
             if to_bias is not None:
                 to_bias += slope.sum(0)
-        ctx.count, ctx.kind = max(1, len(wanted)), hidden.dtype
+        ctx.count, ctx.kinds = max(1, len(wanted)), [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         return total / ctx.count
 
@@ -87,8 +91,21 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale what the forward pass found."""
         share = grad / ctx.count
-        hidden, weight, bias = (None if found is None else found * share for found in ctx.saved_tensors)
-        return None if hidden is None else hidden.to(ctx.kind), None, weight, bias, None, None, None, None
+        hidden, weight, bias = (
+            None if found is None else (found * share).to(kind)
+            for found, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
+        )
+        return hidden, None, weight, bias, None, None, None, None, None
+
+
+def _summed(slope: Tensor, hidden: Tensor) -> Tensor:
+    """Return slope' hidden, (V,E): sums over a chunk, which fp16 may not hold."""
+    device = slope.device.type
+    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if narrow or hidden.dtype == torch.float16:
+        with torch.autocast(device, enabled=False):
+            return slope.T.float() @ hidden.float()
+    return slope.T.to(hidden.dtype) @ hidden
 
 
 def _loss_and_slope(logits: Tensor, wanted: Tensor, smoothing: float, learns: bool) -> tuple[Tensor, Tensor]:

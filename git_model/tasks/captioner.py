@@ -96,7 +96,8 @@ class GitCaptioner:
         items: list[Loaded] = []
         for i, (tokens, prompt) in enumerate(zip(encoded, prompts, strict=True)):
             target = (Target(prompt=prompt, question_id=i),)
-            if self.shares and items and all(map(operator.is_, items[-1].images, tokens)):
+            before = items[-1].images if items else ()
+            if self.shares and items and len(before) == len(tokens) and all(map(operator.is_, before, tokens)):
                 items[-1] = replace(items[-1], targets=items[-1].targets + target)
             else:
                 items.append(Loaded(str(i), tokens, target))

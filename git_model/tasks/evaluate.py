@@ -68,9 +68,8 @@ def evaluate(
     entries = _entries(config, image_tsv, caption_tsv, question_tsv, source)
     records = build_source(entries, data_dir)
     data = eval_data(config, records, model.vision.resolution)
-    ask = asking(model)
     decoding = Decoding(beams, max_new_tokens)
-    model.to(where)
+    ask = asking(model.to(where))
 
     ledger = SampleLedger(1.0)  # counts here; judged at the end, when the report is written
 
