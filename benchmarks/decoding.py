@@ -51,7 +51,7 @@ class Search:
 
 B32 = {"name": "ViT-B/32", "features": "grid"}
 B16 = {"name": "ViT-B/16", "features": "grid", "resolution": 256}
-SEARCHES = (Search(B32, 8, 4, 1.3), Search(B16, 8, 4, 2.0), Search(B32, 8, 1, 1.0), Search(B16, 8, 1, 1.0))
+SEARCHES = (Search(B32, 8, 4, 1.3), Search(B16, 4, 4, 2.0), Search(B32, 8, 1, 1.0), Search(B16, 4, 1, 1.0))
 
 
 def model_of(vision: dict[str, Any], captions: Captions, options: Options) -> tuple[GitModel, Any]:
@@ -99,7 +99,7 @@ def beside_generate(search: Search, captions: Captions, options: Options) -> Res
         ids = plain_generate(original, pixels, [""] * len(items), settings)
         said["generate"] = [model.codec.decode(row) for row in ids]
 
-    timing = harness.alternate({"generate": theirs, "ours": ours}, options.rounds or 3, options.device)
+    timing = harness.alternate({"generate": theirs, "ours": ours}, options.rounds or 2, options.device)
     assert said["ours"] == said["generate"]
     ratio, rate = timing.ratio("generate", "ours"), len(items) / timing.median("ours")
     name = f"captions, {model.num_image_tokens} image tokens, {search.beams} beam(s)"
@@ -118,7 +118,7 @@ def beside_generate(search: Search, captions: Captions, options: Options) -> Res
 def beside_git(captions: Captions, options: Options) -> Result:
     """Measure the batch task: a TSV of photographs becomes a TSV of captions."""
     model, config = model_of(B32, captions, options)
-    count = 2 if options.quick else 8
+    count = 2 if options.quick else 4
     original = Original(model, small_gpt2(options.quick)).eval().to(options.device)
     said: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as name:
