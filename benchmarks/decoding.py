@@ -28,8 +28,9 @@ from benchmarks.captions import Captions, read_captions
 from benchmarks.harness import Options, Result
 from benchmarks.report import alone
 from benchmarks.training import Case, build, small_gpt2
+from git_model import training
 from git_model.batch import Target
-from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.collate import Loaded
 from git_model.datasets.images import Transform
 from git_model.datasets.records import TSVFile, write_tsv
 from git_model.models.git import GitModel
@@ -84,7 +85,7 @@ def beside_generate(search: Search, captions: Captions, options: Options) -> Res
     original = Original(model, small_gpt2(options.quick)).eval().to(options.device)
     shown = pictures(2 if options.quick else search.images, model.vision.resolution)
     items = [Loaded(str(i), (picture,), (Target(question_id=i),)) for i, picture in enumerate(shown)]
-    batch = Collator(model.codec, model.num_image_tokens, generate=True, pack=model.language.branches)(items)
+    batch = training.asking(model)(items)
     batch, eos = batch.to(options.device), model.codec.eos_id
     decoding = Decoding(beams=search.beams, max_new_tokens=NEW)
     settings = GenerationConfig(max_new_tokens=NEW, num_beams=search.beams, eos_token_id=eos, pad_token_id=eos)
@@ -123,8 +124,6 @@ def beside_git(captions: Captions, options: Options) -> Result:
     said: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.language.name = "small"  # the file holds the decoder: nothing is fetched by name
-        model.fingerprints = {}
         rows = []
         for i, picture in enumerate(pictures(count, 480)):
             file = io.BytesIO()

@@ -97,8 +97,8 @@ def filled(step: OurStep, config: Any, folder: Path, store: Path) -> tuple[Image
     """Return the data set, its store with all features in it, and the seconds that took."""
     model, entries = step.run.raw_model, [{"type": "cc3m", "split": "train"}]
     data = ImageTextDataset(build_source(entries, folder), Transform(model.vision.resolution), targets=1)
-    config = replace(config, data=replace(config.data, feature_store=str(store), workers=0))
-    found = open_store(config, model.vision, data, entries, range(len(data)))
+    config = replace(config, data=replace(config.data, train=tuple(entries), feature_store=str(store), workers=0))
+    found = open_store(config, model.vision, data, "train")
     start = time.perf_counter()
     encode_once(found, config, model.vision, data, step.run.accelerator.device)
     return data, found, time.perf_counter() - start

@@ -28,7 +28,7 @@ from benchmarks.report import alone
 from git_model import engine, training
 from git_model.batch import CaptionBatch, Target
 from git_model.config import Config
-from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.collate import Loaded
 from git_model.models.build import build_model
 from git_model.models.git import GitModel
 from git_model.optimizer import learning_rate_factor, parameter_groups
@@ -99,11 +99,6 @@ def build(case: Case, captions: Captions, quick: bool = False) -> tuple[GitModel
         }
         config = from_dict(Config, values)
         return build_model(config, captions.tokenizer, held=("vision", "language")), config
-
-
-def collator(model: GitModel, config: Config) -> Collator:
-    """Return what makes our training batches."""
-    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack)
 
 
 class OurStep:

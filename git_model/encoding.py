@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,8 @@ def use_features(
     """
     vision, model.reads_features = model.vision, True
     device, place = accelerator.device, (accelerator.process_index, accelerator.num_processes)
-    asked_of = tuple(chosen(len(val), config.train.validate_samples))
-    for data, entries, records in ((train, config.data.train, range(len(train))), (val, config.data.val, asked_of)):
-        store = open_store(config, vision, data, entries, records)
+    for source, data in (("train", train), ("val", val)):
+        store = open_store(config, vision, data, source)
         encode_once(store, config, vision, data, device, place, lambda: stop.asked)
         asked = torch.tensor(float(stop.asked), device=device)
         if float(accelerator.reduce(asked, "sum")):  # here all wait for the others' shares
@@ -67,19 +66,19 @@ def open_store(
     config: Config,
     vision: VisionEncoder,
     data: ImageTextDataset,
-    entries: Sequence[Mapping[str, Any]],
-    records: Sequence[int],
+    source: str,
 ) -> FeatureStore:
-    """Return the store of some records' features, named by all that they depend on.
+    """Return the store of a run's features, named by all that they depend on.
 
     Args:
         config: says where, in which type of number, in which precision.
         vision: the encoder with its weights.
         data: the pictures, with the transform that the encoder gets them by.
-        entries: what the recipe says of the data set.
-        records: which of its records.
+        source: 'train', of which all records are stored, or 'val': those that validations look at.
     """
     assert config.data.feature_store is not None
+    every = range(len(data))
+    records = every if source == "train" else tuple(chosen(len(data), config.train.validate_samples))
     identity = {
         "encoder": vision.name,
         "weights": fingerprint(vision),
@@ -89,7 +88,7 @@ def open_store(
         "resolution": data.transform.resolution,
         "resize": data.transform.resize,
         "decode": data.transform.decode,
-        "data": [dict(entry) for entry in entries],
+        "data": [dict(entry) for entry in getattr(config.data, source)],
     }
     shape, folder = (vision.num_tokens, vision.dim), Path(config.data.feature_store)
     return FeatureStore(folder, identity, records, shape, config.data.feature_type)

@@ -97,7 +97,7 @@ def read_model(found: Path, config: Config, world: int = 1) -> dict[str, Any]:
     before, now = flat(to_dict(Config())) | flat(content.get("config", {})), flat(to_dict(config))
     before["samples a step"] = content.get("samples_a_step")
     now["samples a step"] = config.train.batch_size * config.train.accumulation * world
-    changed = [k for k in now if k not in MAY_CHANGE and k in before and before[k] != now[k]]
+    changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
     if changed:
         words = "; ".join(f"{k} was {before[k]}, is {now[k]}" for k in changed[:5])
         raise UserError(f"{found.parent} holds a run with other settings: {words}. --resume no starts anew")

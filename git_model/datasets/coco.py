@@ -111,8 +111,8 @@ class CocoCaptions:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        key, folder, name, captions = self.records[index]
-        return Sample(str(key), (self.folder.read(key, name, folder),), tuple(map(Target, captions)))
+        key, folder, name, _ = self.records[index]
+        return replace(self.said(index), images=(self.folder.read(key, name, folder),))
 
     def said(self, index: int) -> Sample:
         """Return a record without its picture."""

@@ -14,21 +14,16 @@ import json
 import logging
 import os
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from git_model.batch import Sample
 from git_model.datasets.files import SampleError, write_all
 from git_model.errors import EXIT_IO, UserError
-from git_model.saves import sync_folder
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +69,10 @@ class FeatureStore:
     def missing(self) -> list[int]:
         """Return the numbers of the files that are not there yet."""
         there = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
-        return [number for number in range(self.files) if f"{number:05d}.safetensors" not in there]
+        return [number for number in range(self.files) if self._path(number).name not in there]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
 
     def members(self, number: int) -> Sequence[int]:
         """Return the records of a file."""
@@ -98,7 +96,7 @@ class FeatureStore:
         if number not in self._open:
             if len(self._open) >= MAX_MAPPED:
                 self._open.pop(next(iter(self._open)))
-            self._open[number] = _File(self.folder / f"{number:05d}.safetensors")
+            self._open[number] = _File(self._path(number))
         file = self._open[number]
         if int(file.keys[place]) != stamp(sample):
             raise UserError(
@@ -152,7 +150,7 @@ class FeatureStore:
         Returns:
             the error of rounding: root mean square over that of the features.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         if not np.isfinite(features).all():
             raise UserError(f"the encoder gives numbers that are not finite (file {number} of {self.folder})")
@@ -168,17 +166,8 @@ class FeatureStore:
             back = tensors["features"].astype(np.float32)
             if not np.isfinite(back).all():
                 raise UserError("features do not fit float16 (65,504 at most); feature_type int8 has a scale a token")
-        where = self.folder / f"{number:05d}.safetensors"
-        part = where.with_name(f".{where.name}.{uuid.uuid4().hex[:12]}.part")
         told = {"reasons": json.dumps({str(place): reason for place, reason in reasons.items()})}
-        try:
-            save_file(tensors, part, metadata=told)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            part.replace(where)
-            sync_folder(self.folder)
-        finally:
-            part.unlink(missing_ok=True)
+        write_all([(self._path(number), [save(tensors, metadata=told)])])
         size = float(np.sqrt(np.mean(np.square(features, dtype=np.float64))))
         return float(np.sqrt(np.mean(np.square(back - features, dtype=np.float64)))) / max(size, 1e-12)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,13 +25,18 @@ def branches(batch: CaptionBatch) -> list[int]:
     return batch.segments.amax(1).clamp(min=1).tolist() if batch.segments.numel() else [1] * len(batch.segments)
 
 
-def own_and_prefix(batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-    """Return which columns of its row are a prompt's own tokens, and which the row's prefix: (G,T) bool each."""
+def places(batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the G prompts of a batch are.
+
+    Returns:
+        the row of each, (G,) on the CPU, in order; which of its columns are the prompt's own tokens and which the
+        row's prefix, (G,T) bool each.
+    """
     counts, device = branches(batch), batch.segments.device
-    row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # (G,)
+    row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (G,)
     number = torch.tensor([n for count in counts for n in range(1, count + 1)], device=device)  # (G,)
-    segments = batch.segments[row]  # (G,T)
-    return segments == number[:, None], segments == 0
+    segments = batch.segments[row.to(device)]  # (G,T)
+    return row, segments == number[:, None], segments == 0
 
 
 def one_a_row(embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, CaptionBatch]:
@@ -44,8 +48,9 @@ def one_a_row(embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, CaptionBatch
     """
     if not batch.packed and (len(batch.input_ids) == 0 or bool(batch.attention_mask[:, -1].all())):
         return embeds, batch
-    own, prefix = own_and_prefix(batch)
-    row = torch.tensor([r for r, count in enumerate(branches(batch)) for _ in range(count)], device=embeds.device)
+    row, own, prefix = places(batch)
+    keys = tuple(batch.keys[r] for r in row.tolist()) if batch.keys else ()
+    row = row.to(embeds.device)
     seen = (own | prefix) & batch.attention_mask[row]  # (G,T)
     lengths = seen.sum(1)  # (G,)
     width = int(lengths.max())
@@ -67,7 +72,7 @@ def one_a_row(embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, CaptionBatch
         labels=torch.full_like(order, IGNORE_INDEX),
         sources=torch.zeros_like(order),
         targets=tuple((target,) for targets in batch.targets for target in targets),
-        keys=tuple(batch.keys[r] for r in row.tolist()) if batch.keys else (),
+        keys=keys,
         packed=False,
     )
     spread = order[..., None].expand(-1, -1, embeds.shape[2])
@@ -117,7 +122,7 @@ def follows_masks(language: LanguageModel) -> bool:
     """Tell whether a decoder obeys the masks and positions of a tree: grow a small one, and a line without branches."""
     table, device = language.model.get_input_embeddings(), next(language.model.parameters()).device
     embeds = table(torch.tensor([[1, 2, 3, 4]], device=device))  # (1,4,E)
-    cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
+    cache = Cache(layer_class_to_replicate=Columns)
 
     def last(embeds: Tensor, sees: list[list[int]], positions: list[int]) -> Tensor:
         mask = (1 - torch.tensor(sees, device=device, dtype=embeds.dtype)) * torch.finfo(embeds.dtype).min

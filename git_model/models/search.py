@@ -8,7 +8,6 @@ once, no cache is ever reordered, and rows that are through leave the batch. The
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from git_model.batch import CaptionBatch
-from git_model.models.prompts import Columns, branches, own_and_prefix
+from git_model.models.prompts import Columns, places
 
 if TYPE_CHECKING:
     from git_model.models.language import Decoding, LanguageModel
@@ -38,15 +37,12 @@ class Tree:
 
     def __init__(self, language: LanguageModel, embeds: Tensor, batch: CaptionBatch, beams: int) -> None:
         self.language, self.embeds, self.batch, self.beams = language, embeds, batch, beams
-        self.cache = Cache(layer_class_to_replicate=partial(Columns))  # type: ignore[arg-type]
+        self.cache = Cache(layer_class_to_replicate=Columns)
         self.rows, self.length = embeds.shape[:2]
-        counts = branches(batch)
-        device = embeds.device
-        self.row = torch.arange(self.rows).repeat_interleave(torch.tensor(counts))  # (G,) on the CPU, sorted
-        row = self.row.to(device)
-        own, prefix = own_and_prefix(batch)  # (G,T) each
-        places = torch.arange(self.length, device=device)
-        last, before = (torch.where(where, places, -1).amax(1) for where in (own, prefix))  # (G,) each
+        self.row, own, prefix = places(batch)
+        row = self.row.to(embeds.device)
+        index = torch.arange(self.length, device=embeds.device)
+        last, before = (torch.where(where, index, -1).amax(1) for where in (own, prefix))  # (G,) each
         self.tail = torch.where(last >= 0, last, before)  # (G,): an empty prompt goes on from the picture
         self.position = batch.positions[row, self.tail]  # (G,) of the newest token
         seen = (own | prefix) & batch.attention_mask[row]  # (G,T)

@@ -5,10 +5,8 @@ Quantised decoders get bitsandbytes' own layers, around weights and scales as la
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from git_model.models.build import build_model
 from git_model.models.decoders import quiet_bitsandbytes
 from git_model.models.git import GitModel
 from git_model.models.lora import add_adapters, chosen_targets
+from git_model.models.vision import quiet_transformers
 
 NF4_BLOCK = 64  # weights that share a scale of 8 bits
 SCALE_BLOCK = 256  # such scales that share one of 32 bits
@@ -62,7 +61,7 @@ def skeleton(config: Config) -> GitModel:
     language = config.language
     if language.bits < 16 or language.lora.rank:
         quiet_bitsandbytes()
-    with torch.device("meta"), torch.random.fork_rng(devices=[]), _quiet():
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
         model = build_model(config, EndlessText(language.small.vocab_size), ("vision", "language"))
         decoder: Any = model.language.model
         targets = chosen_targets(decoder, language.lora) if language.lora.rank else ()
@@ -71,18 +70,6 @@ def skeleton(config: Config) -> GitModel:
         if language.lora.rank:
             add_adapters(decoder, language.lora, targets)
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what transformers says of a skeleton to itself: a run says what matters."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def quantise(decoder: Any, bits: int, compute: torch.dtype) -> None:

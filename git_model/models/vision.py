@@ -194,7 +194,7 @@ class HFTower(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' load reports and progress bars to itself; what matters is raised here."""
     from transformers.utils import logging as hf_logging
 
@@ -268,7 +268,7 @@ def _measure(make: Callable[[], nn.Module], name: str, side: int) -> tuple[Visio
 
 def _hf_plan(config: VisionConfig) -> EncoderPlan:
     name = config.name
-    with _quiet():
+    with quiet_transformers():
         kind, inner, model_type = _hf_class(config)
         own, stats = _preprocessing(name, inner, model_type)
     depth = getattr(inner, "num_hidden_layers", None) or len(inner.depths)
@@ -281,7 +281,7 @@ def _hf_plan(config: VisionConfig) -> EncoderPlan:
         return HFTower(kind(copy.deepcopy(inner), **options), config.features, layers)
 
     def load() -> nn.Module:
-        with _quiet():
+        with quiet_transformers():
             try:
                 checks = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
                 model, report = kind.from_pretrained(

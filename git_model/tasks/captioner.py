@@ -52,13 +52,13 @@ class GitCaptioner:
     batches = 8  # of pictures held at a time
 
     def __init__(self, loaded: Loaded, device: str) -> None:
-        from git_model.datasets.collate import Collator
         from git_model.datasets.images import Transform
+        from git_model.training import asking
 
         self.model, self.device = loaded.model.to(device), device
         self.prepare = Transform(self.model.vision.resolution, loaded.config.data.resize)
-        self.shares = self.model.language.branches  # several prompts of a picture are answered in one row
-        self.collator = Collator(self.model.codec, self.model.num_image_tokens, pack=self.shares, generate=True)
+        self.collator = asking(self.model)
+        self.shares = self.collator.pack  # several prompts of a picture are answered in one row
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """Return (K,E) image tokens for each (3,H,W) picture."""

@@ -24,7 +24,6 @@ def encode_features(
 ) -> dict[str, Any] | None:
     """Fill the feature store of a recipe whose encoder is frozen, as train.py would; killed, it goes on."""
     from git_model.config import Config
-    from git_model.datasets.features import chosen
     from git_model.datasets.sources import build_source
     from git_model.schema import from_dict, read_yaml
 
@@ -34,8 +33,7 @@ def encode_features(
         raise UserError("feature_store is neither given nor in the recipe (data.feature_store)")
     data = replace(run.data, feature_store=where, dir=data_dir or run.data.dir, workers=workers)
     run = replace(run, data=data, train=replace(run.train, batch_size=batch_size))
-    (rank, world), entries = share.place(), getattr(data, source)
-    records = build_source(entries, data.dir)
+    (rank, world), records = share.place(), build_source(getattr(data, source), data.dir)
 
     import torch
 
@@ -49,8 +47,7 @@ def encode_features(
     vision = build_vision(run.vision)
     make = training_data if source == "train" else eval_data
     pictures = make(run, records, vision.resolution)
-    which = range(len(pictures)) if source == "train" else tuple(chosen(len(pictures), run.train.validate_samples))
-    store = open_store(run, vision, pictures, entries, which)
+    store = open_store(run, vision, pictures, source)
     encode_once(store, run, vision, pictures, torch.device(pick_device(device)), (rank, world))
     if rank > 0 and not share.parts:
         return None
