@@ -46,7 +46,7 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ),
     ("--augment",): ("data.augment", "none, flip, dihedral, crop, crop+flip, crop+dihedral"),
     ("--decode",): ("data.decode", "exact, or scaled: JPEGs twice as fast, nearly the same pixels (training only)"),
-    ("--group_by_length",): ("data.group_by_length", "sort texts by length within this many steps; 0 = off"),
+    ("--group_by_length",): ("data.group_by_length", "sort texts by tokens within this many steps; 0 = off"),
     ("--feature_store",): ("data.feature_store", "folder for features of a frozen encoder: pictures are encoded once"),
     ("--feature_type",): ("data.feature_type", "of stored features: float16 or int8"),
     ("--targets",): ("data.targets", "captions or questions of an image per visit; 0 = all"),

@@ -73,7 +73,7 @@ class Run:
         self.data = training.training_data(config, source, resolution)
         self.val_data = validation.eval_data(config, val_source, resolution)
         place = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.sampler = training.data_order(config, source, *place)
+        self.sampler = training.data_order(config, source, self.raw_model.codec, *place)
         if config.data.feature_store is not None:
             use_features(config, self.raw_model, self.data, self.val_data, self.accelerator, self.stop)
         self.total_steps = options.epochs * self.sampler.steps_per_epoch

@@ -21,6 +21,7 @@ from git_model.datasets.loader import GlobalSampler, ImageTextDataset, text_leng
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
+from git_model.tokens import TextCodec
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
     )
 
 
-def data_order(config: Config, source: Source, rank: int, world: int) -> GlobalSampler:
+def data_order(config: Config, source: Source, codec: TextCodec, rank: int, world: int) -> GlobalSampler:
     """Return the order of a run's records for one of its processes."""
     options, window = config.train, config.data.group_by_length
+    together = config.data.pack and config.data.targets == 0
     return GlobalSampler(
         len(source),
         options.batch_size,
@@ -51,7 +53,7 @@ def data_order(config: Config, source: Source, rank: int, world: int) -> GlobalS
         world=world,
         accumulation=options.accumulation,
         block=config.data.shuffle_block,
-        lengths=text_lengths(source, config.data.pack and config.data.targets == 0) if window else None,
+        lengths=text_lengths(source, codec.lengths, together) if window else None,
         window=window,
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_train import config_of, losses
+from tiny import codec
 
 import train
+from git_model.datasets import loader
 from git_model.datasets.loader import GlobalSampler, text_lengths
 from git_model.datasets.sources import build_source
 from git_model.errors import UserError
@@ -61,11 +64,27 @@ def test_any_number_of_processes_sees_the_same_steps(batch: int, world: int, mic
         assert split == records
 
 
-def test_lengths_are_read_without_pictures(tiny_tsv: Path) -> None:
+def test_lengths_are_read_without_pictures(tiny_tsv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build_source([{"type": "tsv", "images": "t.img.tsv", "captions": "t.caption.tsv"}], tiny_tsv)
-    lengths = text_lengths(source)
-    assert lengths[0] == (len("a red thing") + len("thing of red")) / 2
+    asked: list[int] = []
+
+    def words(texts: Sequence[str]) -> list[int]:
+        asked.append(len(texts))
+        return [len(text.split()) for text in texts]
+
+    monkeypatch.setattr(loader, "TEXTS_TOGETHER", 10)
+    lengths = text_lengths(source, words)
+    assert lengths[0] == (len(["a", "red", "thing"]) + len(["thing", "of", "red"])) / 2
     assert len(lengths) == 24
+    assert len(asked) == 3
+    assert text_lengths(source, words, together=True)[0] == 6
+
+
+def test_lengths_are_those_of_the_collator() -> None:
+    tiny_codec = codec()
+    texts = ["a red dog on the grass", "", "a"]
+    assert tiny_codec.lengths(texts) == [len(tiny_codec.target(text)[0]) - 1 for text in texts]
+    assert tiny_codec.lengths([]) == []
 
 
 def test_a_run_with_it_goes_on_to_the_bit(tiny_tsv: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from git_model.models.vocabulary import vocabulary_loss
+from git_model.models.vocabulary import Room, logits_of, vocabulary_loss
 
 L, E, V = 37, 16, 101
 
@@ -114,7 +114,7 @@ class Products(TorchDispatchMode):
     found = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.found += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default)
         return func(*args, **(kwargs or {}))
 
 
@@ -126,3 +126,37 @@ def test_nothing_is_made_for_gradients_that_nobody_asks_for() -> None:
     with Products() as seen:
         vocabulary_loss(hidden, wanted, head.weight, chunk=4 * V)
     assert seen.found == 3 * -(-L // 4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_memory_that_is_kept_changes_nothing(bias: bool) -> None:
+    hidden, wanted, head = parts(torch.float32, bias)
+    room, found = Room(), []
+    for keeps in (None, room, room):
+        head.zero_grad()
+        hidden.grad = None
+        loss = vocabulary_loss(hidden, wanted, head.weight, head.bias, chunk=9 * V, room=keeps)
+        loss.backward()
+        assert hidden.grad is not None
+        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+    for one, other in zip(found[0] * 2, found[1] + found[2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_memory_of_a_validation_serves_training() -> None:
+    hidden, wanted, head = parts(torch.float32, False)
+    room = Room()
+    with torch.inference_mode():
+        first = vocabulary_loss(hidden.detach(), wanted, head.weight, room=room)
+    loss = vocabulary_loss(hidden, wanted, head.weight, room=room)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), first.clone())
+
+
+@pytest.mark.parametrize("shape", [(E,), (3, E), (2, 3, E)])
+def test_logits(shape: tuple[int, ...]) -> None:
+    _, _, head = parts(torch.float32, True)
+    hidden = torch.randn(shape)
+    found = logits_of(hidden, head.weight, head.bias)
+    torch.testing.assert_close(found, head(hidden))
+    assert found.is_contiguous()

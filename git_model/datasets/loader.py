@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from git_model.errors import EXIT_BUG, UserError
 
 Index = tuple[int, int]  # (epoch, record)
 BLOCKS_TOGETHER = 16  # whose records are mixed with each other: few enough to stay in a node's page cache
+TEXTS_TOGETHER = 4096  # records whose texts a tokenizer counts in one call
 
 
 class ImageTextDataset(Dataset[Loaded | BadSample]):
@@ -125,7 +126,7 @@ class GlobalSampler(Sampler[list[Index]]):
         accumulation: micro-batches a step.
         start: (epoch, step) to begin at.
         block: records that are read together; 0 = any order.
-        lengths: of the records' texts; None = whatever order of lengths comes.
+        lengths: of the records' texts, in tokens; None = whatever order of lengths comes.
         window: steps whose records are sorted by length, so that those of a step are of a length; the steps of a
             window then come in any order.
     """
@@ -201,18 +202,31 @@ class GlobalSampler(Sampler[list[Index]]):
                     yield [(epoch, int(record)) for record in records]
 
 
-def text_lengths(source: Source, together: bool = False) -> np.ndarray:
-    """Return the characters of each record's texts: of one on average, or of all `together`. No picture is read.
+def text_lengths(source: Source, count: Callable[[Sequence[str]], Sequence[int]], together: bool = False) -> np.ndarray:
+    """Return the tokens of each record's texts: of one on average, or of all `together`. No picture is read.
 
     Records that cannot be read count 0; they are reported when they are drawn.
+
+    Args:
+        source: of the records.
+        count: texts -> tokens of each; it is asked for many at a time.
+        together: a record's texts share a row.
     """
     lengths = np.zeros(len(source), np.float32)
-    for record in range(len(source)):
-        try:
-            targets = source.said(record).targets
-        except RecordError:
-            continue
-        lengths[record] = sum(len(t.prompt) + len(t.text) for t in targets) / (1 if together else max(1, len(targets)))
+    for start in range(0, len(source), TEXTS_TOGETHER):
+        texts: list[str] = []
+        owners: list[int] = []
+        shares: list[float] = []
+        for record in range(start, min(start + TEXTS_TOGETHER, len(source))):
+            try:
+                targets = source.said(record).targets
+            except RecordError:
+                continue
+            said = [text for t in targets for text in (t.prompt, t.text) if text]
+            texts += said
+            owners += [record] * len(said)
+            shares += [1.0 if together else 1 / len(targets)] * len(said)
+        np.add.at(lengths, owners, np.multiply(shares, count(texts)))
     return lengths
 
 

@@ -18,7 +18,7 @@ from git_model.models.decoding import Decoding
 from git_model.models.lora import adapters, merge_adapters
 from git_model.models.prompts import follows_masks, one_a_row
 from git_model.models.search import search
-from git_model.models.vocabulary import vocabulary_loss
+from git_model.models.vocabulary import Room, logits_of, vocabulary_loss
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
         config = model.config
         self.compute = compute
         self._branches: bool | None = None
+        self.room: Room | None = Room()
         self.sharded = False  # over processes, which then have to take every step together
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
@@ -106,10 +107,8 @@ class LanguageModel(nn.Module):
             return F.cross_entropy(self.project(picked).float(), batch.wanted, label_smoothing=smoothing)  # (L,V)
         scale, cap = self._bend()
         with self._exact(picked.device):
-            picked = self._as_head(picked, head)
-            return vocabulary_loss(
-                picked, batch.wanted, head.weight, head.bias, scale=scale, cap=cap, smoothing=smoothing
-            )
+            how: dict[str, Any] = {"scale": scale, "cap": cap, "smoothing": smoothing, "room": self.room}
+            return vocabulary_loss(self._as_head(picked, head), batch.wanted, head.weight, head.bias, **how)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the vocabulary logits of hidden states: (...,E) -> (...,V).
@@ -118,7 +117,11 @@ class LanguageModel(nn.Module):
         """
         head, (scale, cap) = self.model.get_output_embeddings(), self._bend()
         with self._exact(hidden.device):
-            logits = head(self._as_head(hidden, head))
+            hidden = self._as_head(hidden, head)
+            if type(head) is nn.Linear and not torch.compiler.is_compiling():
+                logits = logits_of(hidden, head.weight, head.bias)
+            else:
+                logits = head(hidden)
         logits = logits if scale == 1 else logits * scale
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
