@@ -37,6 +37,7 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
         seed=config.train.seed,
         cache=config.data.cache,
         augment=True,
+        regions=config.region.mode,
     )
 
 
@@ -227,9 +228,13 @@ class StepGuard:
 
 def teaching(model: GitModel, config: Config) -> Collator:
     """Return the collator of training."""
-    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack)
+    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack, **_reading(model))
 
 
 def asking(model: GitModel) -> Collator:
     """Return the collator of asking: prompts of a picture share its tokens if the language model can do that."""
-    return Collator(model.codec, model.num_image_tokens, pack=model.language.branches, generate=True)
+    return Collator(model.codec, model.num_image_tokens, pack=model.language.branches, generate=True, **_reading(model))
+
+
+def _reading(model: GitModel) -> dict[str, Any]:
+    return {"regions": model.reads_regions, "longest": model.language.max_positions}

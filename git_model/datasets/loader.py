@@ -16,6 +16,7 @@ from git_model.datasets.collate import Collator, Loaded
 from git_model.datasets.features import FeatureStore, chosen
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
+from git_model.datasets.regions import carried, cut_out, ignored
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, UserError
 
@@ -38,6 +39,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         seed: of the draws.
         cache: keep decoded pictures in memory (of each worker).
         augment: draw augmentations (training).
+        regions: how the model reads boxes, see `RegionConfig.mode`: they are carried along, cut out, or ignored.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         seed: int = 0,
         cache: bool = False,
         augment: bool = False,
+        regions: str = "none",
     ) -> None:
         self.source = source
         self.transform = transform
@@ -57,6 +60,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         self.captions = captions
         self.seed = seed
         self.augment = augment and transform.augment != "none"
+        self.regions = regions
         self.cache: dict[int, Any] | None = {} if cache else None
         self.at: torch.Tensor | None = None
         self.store: FeatureStore | None = None  # features in place of pictures, which are not read then
@@ -80,7 +84,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             rng = np.random.default_rng([self.seed, epoch, record])
             targets = self._drawn(sample.targets, rng)
             if self.store is None:
-                images = self._images(record, sample.images, rng)
+                images, targets = self._look(record, sample.images, targets, rng if self.augment else None)
             else:
                 images = (torch.from_numpy(self.store.get(record, sample)),)
         except (ImageError, SampleError) as error:
@@ -98,14 +102,30 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             kept = np.sort(rng.choice(kept, self.targets, replace=False)).tolist()
         return tuple(targets[i] for i in kept)
 
-    def _images(self, record: int, files: Sequence[bytes], rng: np.random.Generator) -> tuple[Any, ...]:
-        """Return the transformed pictures; the cache keeps what does not change between visits."""
+    def _look(
+        self, record: int, files: Sequence[bytes], targets: tuple[Target, ...], rng: np.random.Generator | None
+    ) -> tuple[tuple[Any, ...], tuple[Target, ...]]:
+        """Return the transformed pictures, and the targets with boxes in their frames."""
+        if self.regions == "crop":
+            pictures = self._kept(record, files, decode_image)
+            return cut_out(targets, pictures, lambda picture: self.transform(picture, rng))
+        if rng is None:
+            seen = self._kept(record, files, self.transform.framed)
+        else:
+            pictures = files if self.cache is None else self._kept(record, files, decode_image)
+            seen = tuple(self.transform.framed(picture, rng) for picture in pictures)
+        images = tuple(image for image, _ in seen)
+        if self.regions == "ignore":
+            return images, ignored(targets)
+        return images, carried(targets, [frame for _, frame in seen])
+
+    def _kept(self, record: int, files: Sequence[bytes], make: Callable[[bytes], Any]) -> tuple[Any, ...]:
+        """Return what is made of each file; the cache keeps what does not change between visits."""
         if self.cache is None:
-            return tuple(self.transform(data, rng if self.augment else None) for data in files)
+            return tuple(map(make, files))
         if record not in self.cache:
-            self.cache[record] = tuple(decode_image(d) if self.augment else self.transform(d) for d in files)
-        kept = self.cache[record]
-        return tuple(self.transform(picture, rng) for picture in kept) if self.augment else kept
+            self.cache[record] = tuple(map(make, files))
+        return self.cache[record]
 
 
 class GlobalSampler(Sampler[list[Index]]):

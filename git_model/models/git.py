@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from git_model.batch import IGNORE_INDEX, CaptionBatch
+from git_model.batch import IGNORE_INDEX, WHOLE, CaptionBatch
 from git_model.models.language import Decoding, LanguageModel
 from git_model.tokens import TextCodec
 
@@ -79,10 +79,30 @@ class GitModel(nn.Module):
             self.checkpointing = True
             self.train(self.training)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Return image tokens: pictures (I,3,H,W) uint8, or their features (I,N,D) -> (I,K,E)."""
+    @property
+    def reads_regions(self) -> bool:
+        """Whether a box can be given beside a picture's features."""
+        return bool(getattr(self.mapper, "reads_regions", False))
+
+    def encode(self, images: Tensor, boxes: Tensor | None = None, box_image: Tensor | None = None) -> Tensor:
+        """Return image tokens.
+
+        Args:
+            images: pictures (I,3,H,W) uint8, or their features (I,N,D).
+            boxes: (Q,4) in fractions of the encoder's input, for a model that `reads_regions`; None = whole pictures.
+            box_image: (Q,) the image each box lies in.
+
+        Returns:
+            (I,K,E), or (Q,K,E) where there are boxes: a picture's features are made once for all of its own.
+        """
         features = images if images.is_floating_point() else self.features(images)  # (I,N,D)
-        return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
+        features = features.to(next(self.mapper.parameters(), features).dtype)
+        if not self.reads_regions:
+            return self.mapper(features)  # (I,K,E)
+        if boxes is None or box_image is None:
+            boxes = features.new_tensor([WHOLE]).expand(len(features), -1)  # (I,4)
+            box_image = torch.arange(len(features), device=features.device)
+        return self.mapper(features, boxes, box_image)  # (Q,K,E)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the encoder's features: (I,3,H,W) uint8 -> (I,N,D)."""
@@ -97,7 +117,7 @@ class GitModel(nn.Module):
         empty = len(batch.input_ids) == 0
         if empty:
             batch = self._blank(batch.input_ids.device)
-        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
         loss = self.language.loss(embeds, batch)
         return loss * 0.0 if empty else loss
 
@@ -131,11 +151,12 @@ class GitModel(nn.Module):
         Args:
             batch: what is asked; several prompts a row where the language model `branches`.
             decoding: how.
-            tokens: (I,K,E) image tokens, if they were made before: the batch's images are not looked at then.
+            tokens: (I,K,E) image tokens, (Q,K,E) of regions, if they were made before: the batch's images are not
+                looked at then.
         """
         if len(batch.input_ids) == 0:
             return []
-        tokens = self.encode(batch.images) if tokens is None else tokens
+        tokens = self.encode(batch.images, batch.boxes, batch.box_image) if tokens is None else tokens
         embeds = self.language.embed(batch, tokens)  # (R,T,E)
         ids = self.language.generate(
             embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
