@@ -36,6 +36,8 @@ class DataConfig:
     """relative paths of the sources start here"""
     train: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "train"},)
     val: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "val"},)
+    weights: tuple[float, ...] = ()
+    """of the `train` sources, e.g. [5, 1, 3]: their shares of an epoch; [] = every record once an epoch"""
     resize: str = "auto"
     """'crop': shorter side, then centre crop (CLIP's); 'squash': nothing lost; 'pad'; 'auto': 'squash' with --region,
     else 'crop'"""
@@ -75,6 +77,11 @@ class DataConfig:
         choice("data.augment", self.augment, AUGMENTS)
         choice("data.decode", self.decode, DECODES)
         choice("data.feature_type", self.feature_type, FEATURE_TYPES)
+        told = (
+            f"data.weights {list(self.weights)} has to be a number above 0 for each of {len(self.train)} train sources"
+        )
+        check(not self.weights or (len(self.weights) == len(self.train) and min(self.weights) > 0), told)
+        check(not self.weights or not self.shuffle_block, "data.weights does not go with data.shuffle_block")
         check(self.captions >= 0, f"data.captions {self.captions} is below 0")
         check(self.shuffle_block >= 0, f"data.shuffle_block {self.shuffle_block} is below 0")
         check(self.group_by_length >= 0, f"data.group_by_length {self.group_by_length} is below 0")

@@ -31,6 +31,8 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
         "True: one token a cell; False: the pooled vector",
     ),
     ("--layers",): ("vision.layers", "hidden layers of the encoder to join, e.g. -2 or 3,6,9,12"),
+    ("--join",): ("vision.join", "concat, or mean: layers averaged behind a trained LayerNorm"),
+    ("--region",): ("region.mode", "how boxes are read: roi, crop, query (Q-Former), prefix, ignore; none = no boxes"),
     ("--input_resolution",): ("vision.resolution", "pixels; default: the encoder's own"),
     ("--prefix_length",): ("mapper.tokens", "image tokens made by mlp and transformer"),
     ("--prefix_attention",): ("language.prefix_attention", "bidirectional (GIT) or causal"),

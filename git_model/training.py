@@ -17,7 +17,8 @@ from git_model.batch import BadSample, CaptionBatch
 from git_model.config import Config
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset, text_lengths
+from git_model.datasets.loader import ImageTextDataset
+from git_model.datasets.order import GlobalSampler, text_lengths
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
@@ -45,6 +46,8 @@ def data_order(config: Config, source: Source, codec: TextCodec, rank: int, worl
     """Return the order of a run's records for one of its processes."""
     options, window = config.train, config.data.group_by_length
     together = config.data.pack and config.data.targets == 0
+    weights = config.data.weights
+    sizes = [len(part) for part in getattr(source, "sources", [source])]
     return GlobalSampler(
         len(source),
         options.batch_size,
@@ -56,6 +59,7 @@ def data_order(config: Config, source: Source, codec: TextCodec, rank: int, worl
         block=config.data.shuffle_block,
         lengths=text_lengths(source, codec.lengths, together) if window else None,
         window=window,
+        mixture=list(zip(sizes, weights, strict=True)) if weights else None,
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageFile, features
 
 from git_model.datasets import images
-from git_model.datasets.images import AUGMENTS, RESIZES, ImageError, Transform, decode_image, read_image
+from git_model.datasets.images import AUGMENTS, ImageError, Transform, decode_image, read_image
 from git_model.errors import UserError
 
 TRIALS = int(os.environ.get("GIT_MODEL_IMAGES", "2000"))

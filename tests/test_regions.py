@@ -111,11 +111,10 @@ def test_what_comes_out_is_a_box(corners: Box, draw: int, size: tuple[int, int])
     width, height = size
     x0, y0, x1, y1 = corners
     frame = Frame(width, height, (0, 0, width, height), (32, 32), (0, 0), 32, draw)
-    try:
-        left, top, right, bottom = frame.box((x0 * width, y0 * height, x1 * width, y1 * height))
-    except ImageError as error:
-        assert error.reason in ("box_empty", "box_cut_off")
+    box = (x0 * width, y0 * height, x1 * width, y1 * height)
+    if abs(x0 - x1) < 1e-6 or abs(y0 - y1) < 1e-6:  # too little of it for fractions
         return
+    left, top, right, bottom = frame.box(box)
     assert 0 <= left < right <= 1
     assert 0 <= top < bottom <= 1
 
@@ -395,7 +394,10 @@ def test_layers_averaged_have_a_trained_norm(tmp_path: Path) -> None:
     ("sections", "told"),
     [
         ({"region": {"mode": "rois"}}, "'roi'"),
-        ({"region": {"mode": "roi"}, "vision": {"features": "pooled"}, "mapper": {"type": "mlp"}}, "--output_grid True"),
+        (
+            {"region": {"mode": "roi"}, "vision": {"features": "pooled"}, "mapper": {"type": "mlp"}},
+            "--output_grid True",
+        ),
         ({"region": {"mode": "roi", "warm_start": "x"}}, "is for --region query"),
         ({"region": {"mode": "query", "width": 30, "heads": 4}}, "no multiple of heads"),
         ({"vision": {"join": "mean"}}, "needs vision.layers"),

@@ -38,8 +38,8 @@ from git_model.datasets.shapes_text import (
 from git_model.errors import UserError, one_of
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("caption", "question", "region")
-VERSION = 2  # raise it when the drawing or the words change: folders written before are made anew
+COLUMNS = ("caption", "question", "region", "pair")
+VERSION = 3  # raise it when the drawing or the words change: folders written before are made anew
 MIN_SIDE = 32
 MIN_VISIBLE = 0.6
 SUPERSAMPLE = 3
@@ -50,6 +50,7 @@ RGB = {
 }  # fmt: skip
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
+PAIR_QUESTION = "image 1 [IMG] image 2 [IMG] describe image {number}"
 RADII = {"small": (0.13, 0.143), "large": (0.215, 0.235)}  # fractions of the side
 NUMBER_WEIGHTS = (40, 40, 20)  # of scenes with one, two and three things
 
@@ -267,7 +268,7 @@ def write_shapes(
         for split, count in counts.items():
             scenes = [make_scene(seed, split, i, side) for i in range(count)]
             write_tsv(out_dir / f"{split}.img.tsv", _image_rows(scenes, bar))
-            said = [_said(scene, i) for i, scene in enumerate(scenes)]
+            said = [_said(scene, i) | {"pair": _pairs(scenes, i)} for i, scene in enumerate(scenes)]
             for column in COLUMNS:
                 rows = ((s.key, json_cell(words[column])) for s, words in zip(scenes, said, strict=True))
                 write_tsv(out_dir / f"{split}.{column}.tsv", rows)
@@ -294,3 +295,16 @@ def _said(scene: Scene, index: int) -> dict[str, list[dict[str, object]]]:
         ],
         "region": [{"phrase": phrase, "box": list(box)} for phrase, box in regions(scene)],
     }
+
+
+def _pairs(scenes: Sequence[Scene], index: int) -> list[dict[str, object]]:
+    """Return questions about a thing of this scene and one of the next: which of the two pictures is meant counts."""
+    both = [scenes[index], scenes[(index + 1) % len(scenes)]]
+    rng = random.Random(f"{both[0].key}/pair")
+    chosen = [rng.choice(regions(scene)) for scene in both]
+    images = [{"key": scene.key, "box": list(box)} for scene, (_, box) in zip(both, chosen, strict=True)]
+    return [
+        {"question": PAIR_QUESTION.format(number=number), "question_id": 2 * index + number - 1, "answer": phrase}
+        | {"images": images}
+        for number, (phrase, _) in enumerate(chosen, start=1)
+    ]

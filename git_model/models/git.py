@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from git_model.batch import IGNORE_INDEX, WHOLE, CaptionBatch
@@ -141,6 +142,21 @@ class GitModel(nn.Module):
             labels=ids.masked_fill(image, IGNORE_INDEX),
             sources=torch.arange(size + 1, device=device)[None] - 1,
         )
+
+    @torch.no_grad()
+    def log_likelihood(self, batch: CaptionBatch) -> Tensor:
+        """Return the mean log-probability of each row's target tokens, (R,): how sure the model is of a text.
+
+        Args:
+            batch: one target a row (`Collator(pack=False)`).
+        """
+        batch = batch.without_last_column()
+        embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
+        hidden = self.language.hidden(embeds, batch).flatten(0, 1)[batch.predictors]  # (L,E)
+        losses = F.cross_entropy(self.language.project(hidden).float(), batch.wanted, reduction="none")  # (L,)
+        rows = batch.predictors // batch.input_ids.shape[1]  # (L,)
+        sums = losses.new_zeros(len(batch.input_ids)).index_add(0, rows, losses)  # (R,)
+        return -sums / torch.bincount(rows, minlength=len(sums)).clamp(min=1)
 
     @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
     def generate(

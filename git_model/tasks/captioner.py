@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from git_model.errors import UserError
 
 if TYPE_CHECKING:
+    from git_model.batch import Target
     from git_model.checkpoint import Loaded
     from git_model.config import Config
+    from git_model.datasets.collate import Loaded as Asked
     from git_model.models.answers import AnswerTrie
     from git_model.models.language import Decoding
     from git_model.models.published import PublishedModel
@@ -58,6 +60,7 @@ class GitCaptioner:
         self.model, self.device = loaded.model.to(device), device
         self.prepare = Transform(self.model.vision.resolution, loaded.config.data.resize)
         self.collator = asking(self.model)
+        self.region_mode = loaded.config.region.mode
         self.shares = self.collator.pack  # several prompts of a picture are answered in one row
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
@@ -108,6 +111,64 @@ class GitCaptioner:
         numbers = [target.question_id for row in batch.targets for target in row]
         texts = dict(zip(numbers, said, strict=True))
         return [texts[i] for i in range(len(prompts))]
+
+    def see(self, files: Sequence[bytes], targets: Sequence[Target]) -> Asked:
+        """Return what is asked about pictures, boxes in their frames.
+
+        Args:
+            files: the encoded pictures.
+            targets: what is asked; their regions in pixels.
+
+        Raises:
+            ImageError: a picture, or a box in it, that cannot be used.
+        """
+        from git_model.datasets.collate import Loaded as Asked
+        from git_model.datasets.images import decode_image
+        from git_model.datasets.regions import carried, cut_out, ignored
+
+        if self.region_mode == "crop":
+            images, targets = cut_out(targets, [decode_image(data) for data in files], self.prepare)
+            return Asked("", images, targets)
+        seen = [self.prepare.framed(data) for data in files]
+        given = ignored(targets) if self.region_mode == "ignore" else carried(targets, [frame for _, frame in seen])
+        return Asked("", tuple(image for image, _ in seen), given)
+
+    def encoded(self, asked: Asked) -> Asked:
+        """Return the same with the pictures' features in their place, for what is going to be asked several times."""
+        import torch
+
+        with torch.inference_mode():
+            return replace(asked, images=tuple(self.model.features(torch.stack(asked.images).to(self.device))))
+
+    def scores(self, asked: Asked, texts: Sequence[str]) -> list[float]:
+        """Return the mean log-probability of each target's text, its end included."""
+        from git_model.datasets.collate import Collator
+
+        told = tuple(replace(t, text=text) for t, text in zip(asked.targets, texts, strict=True))
+        reading = {"regions": self.collator.regions, "longest": self.collator.longest}
+        batch = Collator(self.model.codec, self.model.num_image_tokens, **reading)([replace(asked, targets=told)])
+        if batch.skipped:
+            raise UserError(batch.skipped[0].reason)
+        return self.model.log_likelihood(batch.to(self.device)).tolist()
+
+    def ask(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
+        """Return a text for every target, in their order; a picture is encoded once for all that is asked about it.
+
+        Raises:
+            UserError: prompts that do not fit their pictures or the model.
+        """
+        count = sum(len(item.targets) for item in asked)
+        numbers = iter(range(count))
+        numbered = [
+            replace(item, targets=tuple(replace(t, question_id=next(numbers)) for t in item.targets)) for item in asked
+        ]
+        batch = self.collator(numbered)
+        if batch.skipped:
+            raise UserError(batch.skipped[0].reason)
+        said = self.model.generate(batch.to(self.device), decoding)
+        order = [target.question_id for row in batch.targets for target in row]
+        texts = dict(zip(order, said, strict=True))
+        return [texts[number] for number in range(count)]
 
     def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
         """Return the constraint to these answers.
