@@ -98,7 +98,7 @@ def flat_in_rows(options: Options) -> Result:
             sides[str(rows)] = turn(folder, step, step.collate, rows, 2 if options.quick else BATCHES)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # tiny products: a second thread waits more than it works
-        timing = harness.alternate(sides, options.rounds or 9, step.run.accelerator.device)
+        timing = harness.alternate(sides, options.rounds or 7, step.run.accelerator.device)
         torch.set_num_threads(threads)
     growth = timing.ratio(str(big), str(small))
     details = {"batches": BATCHES, "seconds": timing.seconds}

@@ -183,7 +183,7 @@ def compare(case: Case, captions: Captions, options: Options) -> list[Result]:
     flops = {name: harness.count_flops(side) for name, side in timed.items()}
     before = harness.machine_ceiling(device)
     warmups = 2 if device.type == "cuda" else 0  # counting was a step of each
-    timing = harness.alternate(timed, options.rounds or 3, device, warmups)
+    timing = harness.alternate(timed, options.rounds or 2, device, warmups)
     after = harness.machine_ceiling(device)
     ceiling = Ceiling(max(before.flops, after.flops), max(before.bandwidth, after.bandwidth))
     held_texts, _, weighed = sides(case.memory_batch or case.batch)

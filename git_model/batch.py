@@ -151,6 +151,16 @@ class CaptionBatch:
         """How many tokens of this batch are trained on."""
         return len(self.wanted)
 
+    def without_last_column(self) -> CaptionBatch:
+        """Return the batch without its last column, which holds ends only: nothing is predicted from them.
+
+        Rows are padded on the right; `predictors` and `wanted` stay whole, `labels` does not.
+        """
+        width = self.labels.shape[1]
+        names = ("input_ids", "image_mask", "attention_mask", "segments", "positions", "labels", "sources")
+        rest: dict[str, Any] = {name: getattr(self, name)[:, :-1] for name in names}  # (R,T-1) each
+        return replace(self, **rest, predictors=self.predictors - self.predictors // width)
+
     def pin_memory(self) -> CaptionBatch:
         """Return the batch with its tensors in pinned memory, for the loader."""
         return self._each(lambda tensor: tensor.pin_memory())

@@ -8,7 +8,7 @@ from tiny import captions, collator, git_model, picture
 from torch import Tensor
 
 from git_model.batch import CaptionBatch, Target
-from git_model.datasets.collate import Loaded
+from git_model.datasets.collate import Collator, Loaded
 from git_model.models.git import GitModel
 from git_model.models.language import Decoding
 
@@ -112,3 +112,25 @@ def test_it_learns_three_pictures_by_heart() -> None:
         optimizer.step()
     said = model.eval().generate(collator(model, generate=True)(SAMPLES))
     assert said == ["a cat", "two dogs in a garden", "b"]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_the_ends_are_predicted_and_not_read(mode: str, pack: bool) -> None:
+    """The last column of a batch is left out of the decoder; loss and gradients are those of the whole batch."""
+    model = git_model(language={"prefix_attention": mode})
+    batch = Collator(model.codec, model.num_image_tokens, pack=pack)([captions("ab", "longer"), captions("c", seed=1)])
+    seen = []
+    model.language.body.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    loss = model(batch)
+    loss.backward()
+    short = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    whole = model.language.loss(model.language.embed(batch, model.encode(batch.images)), batch)
+    whole.backward()
+    assert seen == [batch.input_ids.shape[1] - 1, batch.input_ids.shape[1]]
+    torch.testing.assert_close(loss, whole)
+    for one, other in zip(short, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -146,7 +146,8 @@ def test_one_rehearsal_tells_every_size_of_batch(card: bool) -> None:
         peaks = rehearsal.peaks(checkpointing, card)
         found = [rehearsal.peaks(checkpointing, card, size).at(0) for size in (1, 5, 64)]
         assert [peaks.at(size) for size in (1, 5, 64)] == pytest.approx(found, rel=1e-3)
-        assert peaks.at(100) - peaks.at(99) == pytest.approx(peaks.at(65) - peaks.at(64), rel=1e-3)
+        early, late = (peaks.at(size + 1) - peaks.at(size) for size in (64, 99))
+        assert early <= late == pytest.approx(early, rel=0.02), "another moment may be the fullest in a larger batch"
 
 
 def test_chunks_of_the_loss_are_counted_whole() -> None:

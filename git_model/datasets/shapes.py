@@ -303,8 +303,8 @@ def _pairs(scenes: Sequence[Scene], index: int) -> list[dict[str, object]]:
     rng = random.Random(f"{both[0].key}/pair")
     chosen = [rng.choice(regions(scene)) for scene in both]
     images = [{"key": scene.key, "box": list(box)} for scene, (_, box) in zip(both, chosen, strict=True)]
-    return [
-        {"question": PAIR_QUESTION.format(number=number), "question_id": 2 * index + number - 1, "answer": phrase}
-        | {"images": images}
-        for number, (phrase, _) in enumerate(chosen, start=1)
-    ]
+    told: list[dict[str, object]] = []
+    for number, (phrase, _) in enumerate(chosen, start=1):
+        question = PAIR_QUESTION.format(number=number)
+        told.append({"question": question, "question_id": 2 * index + number - 1, "answer": phrase, "images": images})
+    return told

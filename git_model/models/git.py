@@ -118,6 +118,7 @@ class GitModel(nn.Module):
         empty = len(batch.input_ids) == 0
         if empty:
             batch = self._blank(batch.input_ids.device)
+        batch = batch.without_last_column()
         embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
         loss = self.language.loss(embeds, batch)
         return loss * 0.0 if empty else loss
