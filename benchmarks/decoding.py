@@ -119,7 +119,7 @@ def beside_generate(search: Search, captions: Captions, options: Options) -> Res
 def beside_git(captions: Captions, options: Options) -> Result:
     """Measure the batch task: a TSV of photographs becomes a TSV of captions."""
     model, config = model_of(B32, captions, options)
-    count = 2 if options.quick else 4
+    count = 2 if options.quick else 3
     original = Original(model, small_gpt2(options.quick)).eval().to(options.device)
     said: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as name:

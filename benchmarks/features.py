@@ -62,7 +62,7 @@ EPOCHS = (
     Epoch(Case("ViT-B/32 pooled, linear", B32, "linear", FROZEN, 32, 3.0), 512, 32, 64, 2),
     Epoch(Case("ViT-B/32 pooled, mlp", B32, "mlp", FROZEN, 32, 3.0), 128, 32, 32, 2),
     Epoch(Case("ViT-L/14 pooled, mlp", L14, "mlp", FROZEN, 8, 10.0), 8, 8, 8, 2),
-    Epoch(Case("ViT-L/14 grid, linear", {**L14, "features": "grid"}, "linear", FROZEN, 8, 2.5), 8, 8, 8, 2),
+    Epoch(Case("ViT-L/14 grid, linear", {**L14, "features": "grid"}, "linear", FROZEN, 4, 2.5), 4, 4, 4, 2),
 )
 
 

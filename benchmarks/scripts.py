@@ -48,7 +48,7 @@ def loader(options: Options) -> list[Result]:
     if not photos.is_dir():
         print(f"loader: left out, no folder {photos}")
         return []
-    rounds = 1 if options.quick else options.rounds or 9
+    rounds = 1 if options.quick else options.rounds or 7
     with tempfile.TemporaryDirectory() as name:
         rates = Path(name) / "rates.json"
         given = ["--photos", str(photos), "--rounds", str(rounds), "--json", str(rates)]

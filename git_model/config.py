@@ -61,7 +61,7 @@ class DataConfig:
     """0: any record may follow any other; n: blocks of n records are drawn, and records within 16 of them at a time,
     so that reads from a network file system stay together (tar shards: their size)"""
     group_by_length: int = 0
-    """n: the samples of n steps are sorted by the length of their texts, so that a batch is hardly padded; 0 = not"""
+    """n: the samples of n steps are sorted by the tokens of their texts, so that a batch is hardly padded; 0 = not"""
     cache: bool = False
     """keep decoded pictures in memory (small sets)"""
     feature_store: str | None = None
