@@ -29,6 +29,7 @@ from git_model.models.language import Decoding
 from git_model.models.region import BoxEncoder, FourierPositions, QueryReader, RoiReader
 
 MODES = ("roi", "query", "prefix")
+DEEP = {"stem": [8, 16, 16], "width": 16, "depth": 2, "heads": 2}
 
 
 def png(width: int = 320, height: int = 240, box: tuple[int, int, int, int] | None = None) -> bytes:
@@ -322,7 +323,7 @@ def test_saved_is_loaded(mode: str, tmp_path: Path) -> None:
     from git_model.checkpoint import save_checkpoint
 
     model, settings = model_of(mode)
-    save_checkpoint(tmp_path / "model.pt", model, settings)
+    save_checkpoint(tmp_path / "model.pt", model, settings, step=1, epoch=0)
     loaded = load_checkpoint(tmp_path / "model.pt").model
     batch = Collator(model.codec, model.num_image_tokens, regions=True)([item_of((0.1, 0.2, 0.7, 0.9))])
     first, second = (m.encode(batch.images, batch.boxes, batch.box_image) for m in (model, loaded))
@@ -359,7 +360,7 @@ def test_query_starts_from_blip2_and_from_bert(tmp_path: Path) -> None:
     reader = QueryReader(24, settings)
     left = reader.warm_start(str(tmp_path / "bert"))
     assert all("crossattention" in n or not n.startswith("former") for n in left), "BERT has no cross-attention"
-    layer = bert.encoder.layer[1]
+    layer: Any = bert.encoder.layer[1]
     ours = reader.former.encoder.layer[1]
     assert torch.equal(ours.attention.attention.query.weight, layer.attention.self.query.weight)
     assert torch.equal(ours.attention.output.LayerNorm.bias, layer.attention.output.LayerNorm.bias)
@@ -379,9 +380,9 @@ def test_query_attends_every_second_layer_and_drops_the_corners() -> None:
 
 
 def test_layers_averaged_have_a_trained_norm(tmp_path: Path) -> None:
-    settings = config(vision={"layers": [1, 2], "join": "mean"}, train={"freeze": ["vision"]})
+    settings = config(vision={"layers": [1, 2], "join": "mean", "small": DEEP}, train={"freeze": ["vision"]})
     model = build_model(settings, byte_tokenizer()).eval()
-    joined = build_model(config(vision={"layers": [1, 2]}), byte_tokenizer()).eval()
+    joined = build_model(config(vision={"layers": [1, 2], "small": DEEP}), byte_tokenizer()).eval()
     joined.vision.load_state_dict(model.vision.state_dict())
     pixels = torch.stack([picture(0), picture(1)])
     features = joined.features(pixels)  # (2,N,2*D)

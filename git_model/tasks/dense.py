@@ -103,7 +103,7 @@ def describe(
         asked = replace(seen, targets=seen.targets[some])
         texts = captioner.ask([asked], decoding)
         scores = captioner.scores(asked, texts)
-        found += [Said(box, *told) for box, *told in zip(boxes[some], texts, scores, strict=True)]
+        found += [Said(*told) for told in zip(boxes[some], texts, scores, strict=True)]
     return found
 
 
