@@ -130,6 +130,8 @@ class TrainConfig:
     validate_samples: int = 256
     max_bad_steps: int = 3
     """non-finite steps in a row until the run stops"""
+    init_from: str | None = None
+    """a checkpoint of the same parts whose weights a new run starts from; its own saves go before it"""
     resume: str = "auto"
     """'auto': go on from the newest save in output_dir that verifies; 'no': start anew"""
     keep: int = 2

@@ -79,6 +79,7 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--save_every",): ("train.save_every", "steps between saves; 0 = each epoch"),
     ("--validate_every",): ("train.validate_every", "steps between validations; 0 = each epoch"),
     ("--validate_samples",): ("train.validate_samples", "samples of a validation during training"),
+    ("--init_from",): ("train.init_from", "checkpoint whose weights a new run starts from (its vocabulary, too)"),
     ("--resume",): ("train.resume", "auto (from the newest save that verifies) or no"),
     ("--keep",): ("train.keep", "saves that stay, at least 2"),
     ("--require_exact",): ("train.require_exact", "refuse to go on where the machine computes other bits"),

@@ -117,6 +117,35 @@ def test_boxes_that_do_not_fit(roi: str, tmp_path: Path, keys: dict[str, Any], t
         say(roi, saved_png(tmp_path / "a.png"), **keys)
 
 
+def test_a_long_dialogue_loses_whole_turns(roi: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    captioner = open_captioner(roi, NONE, "cpu")
+    assert isinstance(captioner, GitCaptioner)
+    size, most = captioner.model.num_image_tokens, captioner.model.language.max_positions
+    assert most == 256
+    regions = tuple(Region(number) for number in range(4))
+    turns = ["one [IMG] what? a cat", "no picture here", "two [IMG] three [IMG] which? the last", "and [IMG] now?"]
+    whole = captioner.shortened(turns, regions, 8)
+    assert whole.prompt == " ".join(turns)
+    assert whole.regions == regions
+    left = []
+    for new in range(8, 256):
+        if size + len("and") + len("now?") + new > most:
+            with pytest.raises(UserError, match="with images and answer"):
+                captioner.shortened(turns, regions, new)
+            break
+        kept = captioner.shortened(turns, regions, new)
+        assert kept.prompt.count("[IMG]") == len(kept.regions), "never a slot without its image"
+        assert kept.regions == regions[len(regions) - len(kept.regions) :]
+        text = sum(len(part.strip()) for part in kept.prompt.split("[IMG]"))
+        assert size * len(kept.regions) + text + new <= most
+        left.append(len(kept.regions))
+    assert sorted(set(left), reverse=True) == [4, 3, 1]
+    path = saved_png(tmp_path / "a.png")
+    history = [["look [IMG] what?", "a thing"]]
+    said = say(roi, path, bbox=[BOXES[0], BOXES[1]], history=history, prompt="and [IMG] this?")
+    assert said == say(roi, path, bbox=[BOXES[0], BOXES[1]], prompt="look [IMG] what? a thing and [IMG] this?")
+
+
 def test_numbers_of_boxes_and_pictures() -> None:
     with pytest.raises(UserError, match="bbox has 3 boxes for 2 pictures"):
         asked_about("", [0, 1], [(0, 0, 1, 1)] * 3)

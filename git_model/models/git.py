@@ -34,6 +34,7 @@ class GitModel(nn.Module):
         self.codec = codec
         self.frozen: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of parts a checkpoint names but does not hold; see checkpoint.py
+        self.brought: set[str] = set()  # parts with another checkpoint's weights, which no name brings back
         self.checkpointing = False  # of a frozen decoder
         self.reads_features = False  # batches hold features, from a store, not pictures
 

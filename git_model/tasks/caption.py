@@ -20,18 +20,21 @@ def caption_image(
     image_path: str | list[str],
     prompt: str = "",
     bbox: tuple[float, float, float, float] | list[tuple[float, float, float, float] | None] | None = None,
+    history: list[tuple[str, str]] | None = None,
     model: ModelOptions,
     search: SamplingOptions,
 ) -> dict[str, Any]:
     """Caption a picture or boxes in it, or answer `prompt`, whose [IMG] slots several pictures or boxes fill.
 
     bbox: two corners x, y, x, y in pixels, -1 = that side of the picture; or one, or null, for each picture.
+    history: earlier questions with their answers; their [IMG] slots come before the prompt's.
     """
     paths = [image_path] if isinstance(image_path, str) else image_path
     if not paths:
         raise UserError("image_path is an empty list; give one path or several")
     distinct = list(dict.fromkeys(paths))
-    targets = asked_about(prompt, [distinct.index(path) for path in paths], bbox)
+    turns = [f"{question} {answer}" for question, answer in history or ()]
+    targets = asked_about(" ".join([*turns, prompt]), [distinct.index(path) for path in paths], bbox)
     model.check()
     from git_model.datasets.images import read_image
     from git_model.tasks.captioner import GitCaptioner
@@ -42,9 +45,15 @@ def caption_image(
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(prompt)))
     if isinstance(captioner, GitCaptioner):
+        if turns:
+            targets = tuple(
+                captioner.shortened([*turns, prompt], target.regions, decoding.longest) for target in targets
+            )
         texts = _say(captioner, distinct, files, targets, decoding)
     elif len(paths) > 1:
         raise UserError(f"{model.model_path} is asked about {len(paths)} pictures; a Hugging Face model takes one here")
+    elif history:
+        raise UserError(f"{model.model_path} is given a history; a Hugging Face model answers single questions here")
     elif bbox is not None:
         raise UserError(f"{model.model_path} is asked about a box; a Hugging Face model takes whole pictures here")
     else:

@@ -139,8 +139,8 @@ def dense_caption_tsv(
     from git_model.datasets.asking import AskRow, AskRows
     from git_model.datasets.files import refuse_overwriting
     from git_model.models.proposals import RegionProposer
-    from git_model.tasks.captioner import fingerprint
     from git_model.tasks.journal import Done
+    from git_model.tasks.opening import fingerprint
 
     refuse_overwriting(out_tsv, image_tsv, model.model_path)
     settings = [proposals, sam_model, top_k, overlap, prompt, asdict(search), asdict(replace(model, device=""))]

@@ -45,7 +45,7 @@ def caption_tsv(
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.datasets.asking import AskRows
     from git_model.datasets.files import refuse_overwriting
-    from git_model.tasks.captioner import fingerprint
+    from git_model.tasks.opening import fingerprint
 
     check_files(out_tsv, image_tsv, question_tsv)
     model.check()
