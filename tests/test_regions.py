@@ -414,3 +414,28 @@ def test_pictures_are_squashed_where_boxes_are_read() -> None:
     assert config(region={"mode": "roi"}).data.resize == "squash"
     assert config().data.resize == "crop"
     assert config(region={"mode": "roi"}, data={"resize": "pad"}).data.resize == "pad"
+
+
+def test_no_llava_reads_boxes() -> None:
+    from git_model.models.llava import config_refusal
+
+    plain: dict[str, Any] = {"vision": {"features": "grid", "layers": [-1]}, "mapper": {"type": "linear"}}
+    assert "whole pictures" in config_refusal(config(**plain, region={"mode": "roi"}))
+    plain["vision"]["join"] = "mean"
+    assert "averaged" in config_refusal(config(**plain))
+
+
+def test_a_packed_row_is_as_long_as_its_longest_segment() -> None:
+    item = Loaded("k", (picture(0),), (Target("a longer text"), Target("x")))
+    batch = Collator(codec(), 2, pack=True, longest=10)([item])
+    assert "16 tokens" in batch.skipped[0].reason
+
+
+def test_a_plan_counts_a_box_for_every_text() -> None:
+    from git_model.rehearsal import Record, full_batch
+
+    model, settings = model_of("roi")
+    batch = full_batch(model, settings, 2, Record(1, 3))
+    assert batch.boxes is not None
+    assert len(batch.boxes) == 6
+    assert len(batch.images) == 2

@@ -131,7 +131,7 @@ class Collator:
         together = list(alike.values()) if self.pack else [[t] for t in free]
         slotted = [[t] for t in targets if IMG_SLOT in t.prompt]
         built = [self._row(item, targets) for targets in (*together, *slotted)]
-        longest = max((row.positions[-1] + 1 for row, _ in built if row.positions), default=0)
+        longest = max((max(row.positions, default=-1) + 1 for row, _ in built), default=0)
         if self.longest is not None and longest > self.longest:
             raise UserError(f"{longest} tokens with images and answer, more than {self.longest}")
         return [row for row, _ in built], sum(cut for _, cut in built)
