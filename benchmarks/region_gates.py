@@ -103,7 +103,7 @@ def main() -> int:
 
     out, data, missed, rows = given.out.resolve(), (given.out / "shapes").resolve(), 0, []
     out.mkdir(parents=True, exist_ok=True)
-    write_shapes(data, side=64)
+    write_shapes(data, side=64, things=(2, 4))
     for seed in given.seeds:
         for mode in given.modes:
             model, seconds = train(mode, seed, data, out)
