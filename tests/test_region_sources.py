@@ -167,7 +167,7 @@ def test_coco_boxes(tmp_path: Path) -> None:
 def test_real_category_boxes(reference_data: Path) -> None:
     folder = reference_data / "data" / "coco_val2017_subset"
     source = CocoRegions(folder, "boxes/tinycoco_instances_train2017.json", "images")
-    data = ImageTextDataset(source, Transform(64), regions="roi")
+    data = ImageTextDataset(source, Transform(64, "squash"), regions="roi")
     found = Counter(type(data[0, i]).__name__ for i in range(len(source)))
     content = json.loads((folder / "boxes" / "tinycoco_instances_train2017.json").read_text())
     there = {path.name for path in (folder / "images").iterdir()}

@@ -45,6 +45,8 @@ def caption_image(
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(prompt)))
     if isinstance(captioner, GitCaptioner):
+        if bbox is not None and captioner.region_mode == "none":
+            raise UserError(f"bbox: {model.model_path} reads whole pictures only, it was trained without --region")
         if turns:
             targets = tuple(
                 captioner.shortened([*turns, prompt], target.regions, decoding.longest) for target in targets
