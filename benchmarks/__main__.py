@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import decoding, features, harness, scaling, scripts, training
+from benchmarks import decoding, features, harness, regions, scaling, scripts, training
 from benchmarks.harness import Options, Result
 from benchmarks.report import RESULTS, report, ungated
 
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[Options], list[Result]]] = {
     "training": training.run,
     "features": features.run,
     "decoding": decoding.run,
+    "regions": regions.run,
     "scaling": scaling.run,
     "loader": scripts.loader,
     "scale": scripts.script("scale", scripts.scale),

@@ -55,11 +55,13 @@ B16 = {"name": "ViT-B/16", "features": "grid", "resolution": 256}
 SEARCHES = (Search(B32, 8, 4, 1.3), Search(B16, 4, 4, 2.0), Search(B32, 8, 1, 1.0), Search(B16, 4, 1, 1.0))
 
 
-def model_of(vision: dict[str, Any], captions: Captions, options: Options) -> tuple[GitModel, Any]:
+def model_of(
+    vision: dict[str, Any], captions: Captions, options: Options, region: str = "none"
+) -> tuple[GitModel, Any]:
     """Return a random model that says different things of different pictures."""
     if options.quick:  # the small encoder makes a token of every 8 x 8 pixels
         vision = {**vision, "resolution": 64}
-    case = Case("", vision, "linear", ("auto",), 0, 0)
+    case = Case("", vision, "linear", ("auto",), 0, 0, region=region)
     model, config = build(case, captions, options.quick)
     dice = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -29,7 +29,8 @@ from benchmarks.report import alone
 from benchmarks.training import Case, OurStep, build, original_optimizer, small_gpt2
 from git_model.datasets.features import FeatureStore
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset, text_lengths, train_batches
+from git_model.datasets.loader import ImageTextDataset, train_batches
+from git_model.datasets.order import GlobalSampler, text_lengths
 from git_model.datasets.sources import build_source
 from git_model.encoding import encode_once, open_store
 

@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset, train_batches
+from git_model.datasets.loader import ImageTextDataset, train_batches
+from git_model.datasets.order import GlobalSampler
 from git_model.datasets.shards import TarShards
 from git_model.datasets.sources import ConceptualCaptions, WebDataset
 from git_model.tokens import TextCodec, train_tokenizer

@@ -73,7 +73,8 @@ def first_batch(kind: str, folder: Path) -> dict[str, Any]:
     """Open a set and take a batch, in this process."""
     from git_model.datasets.collate import Collator
     from git_model.datasets.images import Transform
-    from git_model.datasets.loader import GlobalSampler, ImageTextDataset, train_batches
+    from git_model.datasets.loader import ImageTextDataset, train_batches
+    from git_model.datasets.order import GlobalSampler
     from git_model.datasets.sources import build_source
     from git_model.tokens import TextCodec, train_tokenizer
 

@@ -27,7 +27,8 @@ from git_model.batch import CaptionBatch
 from git_model.config import Config
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset, train_batches
+from git_model.datasets.loader import ImageTextDataset, train_batches
+from git_model.datasets.order import GlobalSampler
 from git_model.datasets.sources import build_source
 from git_model.models.build import build_model
 from git_model.schema import from_dict

@@ -53,6 +53,7 @@ class Case:
         gate: times as fast as the original.
         memory: times less peak memory; None = told only.
         memory_batch: images of the step whose memory is measured; None = `batch`.
+        region: how boxes are read.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     gate: float
     memory: float | None = None
     memory_batch: int | None = None
+    region: str = "none"
 
 
 CASES = (
@@ -94,6 +96,7 @@ def build(case: Case, captions: Captions, quick: bool = False) -> tuple[GitModel
         values = {
             "vision": {**case.vision, "name": "small"} if quick else case.vision,
             "mapper": {"type": case.mapper},
+            "region": {"mode": case.region},
             "language": {"name": name},
             "train": {"freeze": list(case.freeze), "lr": 1e-6, "warmup": 0},
         }

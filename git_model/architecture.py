@@ -73,13 +73,17 @@ class VisionConfig:
     features: str = "pooled"
     """'pooled': one vector an image; 'grid': one vector a cell"""
     layers: tuple[int, ...] = ()
-    """several hidden layers joined along the channel, e.g. [-2] or [3, 6, 9, 12]; [] = the last"""
+    """several hidden layers, e.g. [-2] or [3, 6, 9, 12]; [] = the last"""
+    join: str = "concat"
+    """how several layers are joined: 'concat' along the channel, or 'mean', behind which a trained LayerNorm comes"""
     resolution: int | None = None
     """input side in pixels; null = the encoder's own (else its position embedding is interpolated)"""
     small: SmallVisionConfig = field(default_factory=SmallVisionConfig)
 
     def __post_init__(self) -> None:
         choice("vision.features", self.features, FEATURES)
+        choice("vision.join", self.join, ("concat", "mean"))
+        check(self.join == "concat" or bool(self.layers), "vision.join mean needs vision.layers (--layers 10,20,30)")
         check(
             self.features == "grid" or not self.layers,
             "vision.layers needs grid features (--output_grid True)",
@@ -106,6 +110,44 @@ class MapperConfig:
         for name in ("tokens", "depth", "heads"):
             check(getattr(self, name) >= 1, f"mapper.{name} {getattr(self, name)} is below 1")
         check(0 <= self.dropout < 1, f"mapper.dropout {self.dropout} is not in [0, 1)")
+
+
+REGION_MODES = ("none", "roi", "crop", "query", "prefix", "ignore")
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """How a box in a picture is read."""
+
+    mode: str = "none"
+    """'none': a box is an error; 'roi': the grid under it, pooled, and its corners; 'crop': cut out and encoded by
+    itself; 'query': queries and corners ask the grid (Click4Caption's Q-Former); 'prefix': all of the grid and the
+    corners; 'ignore': whole pictures whatever the box, the baseline that shows whether boxes are used"""
+    cells: int = 3
+    """n of roi's n x n cells"""
+    queries: int = 32
+    """of 'query': tokens a region takes"""
+    width: int = 768
+    """of 'query'"""
+    depth: int = 12
+    """layers of 'query'; every second one looks at the picture"""
+    heads: int = 12
+    warm_start: str | None = None
+    """of 'query': folder of a BLIP-2 or BERT model in Hugging Face's layout, whose layers it starts from"""
+
+    def __post_init__(self) -> None:
+        choice("region.mode (--region)", self.mode, REGION_MODES)
+        for name in ("cells", "queries", "width", "depth", "heads"):
+            check(getattr(self, name) >= 1, f"region.{name} {getattr(self, name)} is below 1")
+        check(self.width % self.heads == 0, f"region.width {self.width} is no multiple of heads {self.heads}")
+        check(self.width % 2 == 0, f"region.width {self.width} is not even")
+        told = f"region.warm_start is for --region query, not {self.mode}"
+        check(self.warm_start is None or self.mode == "query", told)
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether the model is given boxes, beside pictures."""
+        return self.mode in ("roi", "query", "prefix")
 
 
 @dataclass(frozen=True)

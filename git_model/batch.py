@@ -3,7 +3,7 @@
 Shape letters, used in every tensor comment of the project:
 
     B samples   R rows of a batch   I images   N vision tokens   D vision width
-    K image tokens for the LM   E LM width   T text length   V vocabulary
+    K image tokens for the LM   E LM width   T text length   V vocabulary   Q regions (a picture, or a box in it)
 """
 
 from __future__ import annotations
@@ -19,6 +19,24 @@ IMG_SLOT = "[IMG]"
 IGNORE_INDEX = -100
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)  # in fractions
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What fills an image slot: a picture of the sample, or a box in it.
+
+    Args:
+        image: number of the picture in the sample.
+        box: in pixels of the upright picture as it is in its file, -1 = that side of the picture; once loaded, in
+            fractions of the encoder's input. None = all of the picture.
+    """
+
+    image: int = 0
+    box: Box | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One thing to say about the images of a sample.
@@ -28,12 +46,14 @@ class Target:
         prompt: text before it, possibly with ``[IMG]`` slots; without a slot the images come first.
         question_id: the id of the question in its file, None for captions.
         answers: all accepted answers, for scoring.
+        regions: what it is said of, slot by slot; () = every picture of the sample, whole.
     """
 
     text: str = ""
     prompt: str = ""
     question_id: int | None = None
     answers: tuple[str, ...] = ()
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +89,8 @@ class CaptionBatch:
 
     Args:
         images: (I,3,H,W) uint8, every distinct image of the batch once; or its features (I,N,D), made before.
-        image_index: (S,) long; which image fills the s-th slot, slots in row-major order.
+        image_index: (S,) long; which image, or region where there are `boxes`, fills the s-th slot, slots in row-major
+            order.
         input_ids: (R,T) long; image slots and padding hold the pad id.
         image_mask: (R,T) bool; True where an image token goes, K in a row for each slot.
         attention_mask: (R,T) bool; False on padding.
@@ -86,6 +107,9 @@ class CaptionBatch:
         wanted: (L,) long; those target tokens; from `labels`.
         packed: whether a row holds more than one segment; from `segments`.
         longest: positions in use; from `positions`.
+        boxes: (Q,4) float, every distinct region of the batch once, in fractions of the encoder's input; None where
+            the model takes whole pictures only.
+        box_image: (Q,) long; the image each lies in.
     """
 
     images: Tensor
@@ -105,6 +129,8 @@ class CaptionBatch:
     wanted: Tensor = None  # type: ignore[assignment]
     packed: bool = None  # type: ignore[assignment]
     longest: int = None  # type: ignore[assignment]
+    boxes: Tensor | None = None
+    box_image: Tensor | None = None
 
     def __post_init__(self) -> None:
         # read off once, where the batch is made: asking the tensors later would make a GPU wait

@@ -6,7 +6,7 @@ An unknown key is an error with the nearest name; a value is checked once, here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from git_model.architecture import (
@@ -15,6 +15,7 @@ from git_model.architecture import (
     PARTS,
     LanguageConfig,
     MapperConfig,
+    RegionConfig,
     VisionConfig,
     check,
     choice,
@@ -35,8 +36,11 @@ class DataConfig:
     """relative paths of the sources start here"""
     train: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "train"},)
     val: tuple[Mapping[str, Any], ...] = ({"type": "cc3m", "split": "val"},)
-    resize: str = "crop"
-    """'crop': shorter side, then centre crop (CLIP's); 'squash': nothing lost; 'pad'"""
+    weights: tuple[float, ...] = ()
+    """of the `train` sources, e.g. [5, 1, 3]: their shares of an epoch; [] = every record once an epoch"""
+    resize: str = "auto"
+    """'crop': shorter side, then centre crop (CLIP's); 'squash': nothing lost; 'pad'; 'auto': 'squash' with --region,
+    else 'crop'"""
     augment: str = "none"
     decode: str = "exact"
     """of training pictures; 'scaled': JPEGs twice as fast, decoded at 1/2, 1/4 or 1/8 where that is plenty, resampled
@@ -69,10 +73,15 @@ class DataConfig:
     """stop with exit code 3 when more than this share of the samples is unusable"""
 
     def __post_init__(self) -> None:
-        choice("data.resize", self.resize, RESIZES)
+        choice("data.resize", self.resize, ("auto", *RESIZES))
         choice("data.augment", self.augment, AUGMENTS)
         choice("data.decode", self.decode, DECODES)
         choice("data.feature_type", self.feature_type, FEATURE_TYPES)
+        told = (
+            f"data.weights {list(self.weights)} has to be a number above 0 for each of {len(self.train)} train sources"
+        )
+        check(not self.weights or (len(self.weights) == len(self.train) and min(self.weights) > 0), told)
+        check(not self.weights or not self.shuffle_block, "data.weights does not go with data.shuffle_block")
         check(self.captions >= 0, f"data.captions {self.captions} is below 0")
         check(self.shuffle_block >= 0, f"data.shuffle_block {self.shuffle_block} is below 0")
         check(self.group_by_length >= 0, f"data.group_by_length {self.group_by_length} is below 0")
@@ -121,6 +130,8 @@ class TrainConfig:
     validate_samples: int = 256
     max_bad_steps: int = 3
     """non-finite steps in a row until the run stops"""
+    init_from: str | None = None
+    """a checkpoint of the same parts whose weights a new run starts from; its own saves go before it"""
     resume: str = "auto"
     """'auto': go on from the newest save in output_dir that verifies; 'no': start anew"""
     keep: int = 2
@@ -160,9 +171,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: three parts of a model, its data, its training."""
+    """A run: three parts of a model, how they read boxes, its data, its training."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -179,7 +191,15 @@ class Config:
                 f"weights of {self.language.bits} bits cannot be trained: --lora_rank 8 trains adapters on them, "
                 "--freeze auto leaves them as they are"
             )
+        if self.data.resize == "auto":
+            resize = "crop" if self.region.mode == "none" else "squash"  # a centre crop would cut boxes off
+            object.__setattr__(self, "data", replace(self.data, resize=resize))
+        if self.region.takes_boxes:
+            told = f"--region {self.region.mode} reads boxes in a grid of features: give --output_grid True"
+            check(self.vision.features == "grid", told)
         if self.data.feature_store is not None:
+            told = f"--region {self.region.mode} needs the size of every picture, which --feature_store does not open"
+            check(self.region.mode == "none", f"{told}; leave one of them out")
             told = "--feature_store keeps what a frozen encoder says of every picture"
             check("vision" in self.train.freeze, f"{told}: freeze it, e.g. --freeze vision,auto")
             check(self.data.augment == "none", f"{told}, once: leave out --augment {self.data.augment}")

@@ -83,7 +83,7 @@ def open_store(
         "encoder": vision.name,
         "weights": fingerprint(vision),
         "features": vision.features,
-        "layers": list(config.vision.layers),
+        "layers": [*config.vision.layers, *([] if config.vision.join == "concat" else [config.vision.join])],
         "precision": config.train.precision,
         "resolution": data.transform.resolution,
         "resize": data.transform.resize,

@@ -78,3 +78,14 @@ def explain(error: BaseException, interrupted: str = "interrupted") -> tuple[int
             f"no package '{error.name}' in {sys.executable}: is the environment on (. .venv/bin/activate)?",
         )
     return EXIT_BUG, f"our bug, please report it (--debug shows where): {type(error).__name__}: {error}"
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used: `reason` is a short word to count by, `detail` the decoder's words."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)  # both in args: the error survives pickling out of a worker
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(str(part) for part in self.args if part)

@@ -28,7 +28,7 @@ from git_model.architecture import PARTS
 from git_model.cluster import rank_and_world
 from git_model.config import Config
 from git_model.datasets.files import RecordError
-from git_model.datasets.loader import GlobalSampler
+from git_model.datasets.order import GlobalSampler
 from git_model.datasets.sources import Source, build_source
 from git_model.rehearsal import Peaks, Record, Rehearsal, peak_memory
 from git_model.training import parameter_count

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from git_model.architecture import DTYPES
-from git_model.batch import CaptionBatch, Target
+from git_model.batch import CaptionBatch, Region, Target
 from git_model.config import Config, TrainConfig
 from git_model.datasets.collate import Collator, Loaded
 from git_model.errors import UserError
@@ -144,8 +144,12 @@ def full_batch(model: GitModel, config: Config, size: int, record: Record) -> Ca
     """Return the largest batch of `size` records: black pictures, every text cut at `data.max_text_tokens`."""
     side = model.vision.resolution
     picture = torch.zeros(3, side, side, dtype=torch.uint8)  # (3,H,W)
-    loaded = Loaded("", (picture,) * record.images, tuple(Target(str(i)) for i in range(record.texts)))
-    collator = Collator(model.codec, model.num_image_tokens, pack=config.data.pack)
+    targets = tuple(Target(str(i)) for i in range(record.texts))
+    if model.reads_regions:  # each text has a box of its own
+        boxes = [(0.0, 0.0, 1.0, (i + 1) / record.texts) for i in range(record.texts)]
+        targets = tuple(replace(t, regions=(Region(0, box),)) for t, box in zip(targets, boxes, strict=True))
+    loaded = Loaded("", (picture,) * record.images, targets)
+    collator = Collator(model.codec, model.num_image_tokens, pack=config.data.pack, regions=model.reads_regions)
     return collator([loaded] * size)
 
 

@@ -33,7 +33,7 @@ MODEL, STATE = "model.pt", "state.pt"
 DATA_MAY_CHANGE = ("dir", "workers", "worker_timeout", "cache", "max_bad", "feature_store")
 TRAIN_MAY_CHANGE = (
     *("output_dir", "epochs", "batch_size", "accumulation", "gradient_checkpointing", "compile", "fsdp", "log_every"),
-    *("save_every", "validate_every", "validate_samples", "max_bad_steps", "resume", "report_to"),
+    *("save_every", "validate_every", "validate_samples", "max_bad_steps", "resume", "report_to", "init_from"),
     *("keep", "require_exact", "stop_before_end"),
 )
 MAY_CHANGE = {f"data.{name}" for name in DATA_MAY_CHANGE} | {f"train.{name}" for name in TRAIN_MAY_CHANGE}
@@ -127,7 +127,7 @@ def load(found: Path, content: Mapping[str, Any], model: GitModel, *, exact: boo
         UserError: the save does not fit the model, or `exact` and the machine computes otherwise.
     """
     held = parts_of(content["tensors"])
-    if held != set(saved_parts(model)):
+    if not held >= set(saved_parts(model)):  # more: frozen parts that --init_from brought
         raise UserError(f"{found} holds {sorted(held)}, this run trains {saved_parts(model)}; --resume no?")
     for part in held:
         load_part(found / MODEL, model, part, content["tensors"])

@@ -27,7 +27,7 @@ from git_model.optimizer import build_optimizer, learning_rate_factor
 from git_model.run_log import RunLog
 from git_model.saves import Saves
 from git_model.tokens import tokenizer_from_json, train_tokenizer
-from git_model.weights import held_tensors, identify, whole
+from git_model.weights import held_tensors, identify, start_from, whole
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,19 @@ class Run:
         self.saves, world = Saves(self.folder, options.keep), self.accelerator.num_processes
         found = self._newest_save() if options.resume == "auto" else None
         latest = resume.read_model(found, config, world) if found else None
+        given = None
+        if latest is None and options.init_from is not None:
+            given = checkpoint.read_content(Path(options.init_from))
         tokenizer = None
         if config.language.name == "small":  # its tokenizer comes from the texts at hand
-            saved: Any = latest and latest["tokenizer"]
+            saved: Any = (latest or given or {}).get("tokenizer")
             size = config.language.small.vocab_size
             tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
         with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
             self.raw_model = build_model(config, tokenizer, device=self.accelerator.device)
         identify(self.raw_model)
+        if given is not None and options.init_from is not None:
+            start_from(Path(options.init_from), given, self.raw_model)
         if options.gradient_checkpointing:
             self.raw_model.checkpoint_activations()
         self.raw_model.train()

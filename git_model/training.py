@@ -17,7 +17,8 @@ from git_model.batch import BadSample, CaptionBatch
 from git_model.config import Config
 from git_model.datasets.collate import Collator
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset, text_lengths
+from git_model.datasets.loader import ImageTextDataset
+from git_model.datasets.order import GlobalSampler, text_lengths
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
@@ -37,6 +38,7 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
         seed=config.train.seed,
         cache=config.data.cache,
         augment=True,
+        regions=config.region.mode,
     )
 
 
@@ -44,6 +46,8 @@ def data_order(config: Config, source: Source, codec: TextCodec, rank: int, worl
     """Return the order of a run's records for one of its processes."""
     options, window = config.train, config.data.group_by_length
     together = config.data.pack and config.data.targets == 0
+    weights = config.data.weights
+    sizes = [len(part) for part in getattr(source, "sources", [source])]
     return GlobalSampler(
         len(source),
         options.batch_size,
@@ -55,6 +59,7 @@ def data_order(config: Config, source: Source, codec: TextCodec, rank: int, worl
         block=config.data.shuffle_block,
         lengths=text_lengths(source, codec.lengths, together) if window else None,
         window=window,
+        mixture=list(zip(sizes, weights, strict=True)) if weights else None,
     )
 
 
@@ -227,9 +232,13 @@ class StepGuard:
 
 def teaching(model: GitModel, config: Config) -> Collator:
     """Return the collator of training."""
-    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack)
+    return Collator(model.codec, model.num_image_tokens, pack=config.data.pack, **_reading(model))
 
 
 def asking(model: GitModel) -> Collator:
     """Return the collator of asking: prompts of a picture share its tokens if the language model can do that."""
-    return Collator(model.codec, model.num_image_tokens, pack=model.language.branches, generate=True)
+    return Collator(model.codec, model.num_image_tokens, pack=model.language.branches, generate=True, **_reading(model))
+
+
+def _reading(model: GitModel) -> dict[str, Any]:
+    return {"regions": model.reads_regions, "longest": model.language.max_positions}

@@ -38,7 +38,8 @@ class Prediction:
 
 def eval_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
     """Return a set for asking: every target, no augmentation."""
-    return ImageTextDataset(source, Transform(resolution, config.data.resize), targets=0, cache=config.data.cache)
+    transform = Transform(resolution, config.data.resize)
+    return ImageTextDataset(source, transform, targets=0, cache=config.data.cache, regions=config.region.mode)
 
 
 def predict(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,11 +15,13 @@ from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.git import GitModel
 from git_model.models.language import LanguageModel
 
+log = logging.getLogger(__name__)
+
 
 def saved_parts(model: GitModel) -> tuple[str, ...]:
-    """Return the parts a checkpoint holds: all but frozen ones that can be fetched again by name."""
+    """Return the parts a checkpoint holds: all but frozen ones whose weights their name brings back."""
     again = {"vision": bool(model.vision.pretrained), "mapper": False, "language": model.language.name != "small"}
-    return tuple(part for part in PARTS if not (part in model.frozen and again[part]))
+    return tuple(p for p in PARTS if not (p in model.frozen and again[p] and p not in model.brought))
 
 
 def parts_of(tensors: Iterable[str]) -> set[str]:
@@ -102,3 +106,25 @@ def load_part(path: Path, model: GitModel, part: str, tensors: Mapping[str, Tens
             f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
         )
     getattr(model, part).load_state_dict(own, strict=False)  # checked above
+    if part != "language" or not model.language.adapters():
+        model.brought.add(part)
+
+
+def start_from(path: Path, content: Mapping[str, Any], model: GitModel) -> None:
+    """Give a new run's model the weights of a checkpoint: the parts that it holds.
+
+    Args:
+        path: of the checkpoint, for messages.
+        content: what is in it.
+        model: of the same architecture.
+
+    Raises:
+        UserError: it holds no weights, or weights of another architecture (names up to five tensors).
+    """
+    tensors = content.get("tensors")
+    if not isinstance(tensors, Mapping) or not (held := parts_of(tensors) & set(PARTS)):
+        raise UserError(f"--init_from {path} holds no weights of {', '.join(PARTS)}", EXIT_NO_CHECKPOINT)
+    for part in held:
+        load_part(path, model, part, tensors)
+    identify(model)
+    log.info("%s: started from the %s weights of %s", model.language.name, ", ".join(sorted(held)), path)

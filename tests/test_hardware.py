@@ -7,7 +7,7 @@ import torch
 
 from git_model.errors import UserError
 from git_model.hardware import check_card, check_precision, peak_memory, reset_peak_memory, runs_on, suited_dtype
-from git_model.tasks.captioner import pick_device
+from git_model.tasks.opening import pick_device
 
 # torch.cuda.get_arch_list() of the default wheels of 2.10.0 (CUDA 12.8) and 2.13.0 (CUDA 13.0)
 OLD = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]

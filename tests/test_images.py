@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageFile, features
 
 from git_model.datasets import images
-from git_model.datasets.images import AUGMENTS, RESIZES, ImageError, Transform, decode_image, read_image
+from git_model.datasets.images import AUGMENTS, ImageError, Transform, decode_image, read_image
 from git_model.errors import UserError
 
 TRIALS = int(os.environ.get("GIT_MODEL_IMAGES", "2000"))
@@ -509,27 +509,6 @@ def test_squash_and_pad() -> None:
     thin = Transform(16, "pad")(Image.new("RGB", (50, 1), (255, 255, 255)))
     assert (thin == 255).sum() == 3 * 16
     assert (thin == 127).sum() == 3 * 16 * 15
-
-
-def test_box_follows_resize_and_crop() -> None:
-    crop, squash, pad = (Transform(48, resize) for resize in RESIZES)
-    assert crop.box((40, 0, 280, 240), 320, 240) == (0.0, 0.0, 48.0, 48.0)
-    assert crop.box((100, 60, 140, 120), 320, 240) == (12.0, 12.0, 20.0, 24.0)
-    assert crop.box((0, 0, 50, 10), 320, 240) == (0.0, 0.0, 2.0, 2.0)  # clipped on the left
-    assert crop.box((0, 0, 40, 240), 320, 240) is None  # cropped away
-    assert squash.box((160, 0, 320, 120), 320, 240) == (24.0, 0.0, 48.0, 24.0)
-    assert pad.box((-99, -99, 999, 999), 320, 240) == (0.0, 6.0, 48.0, 42.0)
-    for nothing in ((5, 5, 5, 9), (9, 9, 5, 12), (float("nan"), 0, 5, 5), (400, 0, 500, 10)):
-        assert crop.box(nothing, 320, 240) is None
-    # and it really is where the pixels are
-    for transform in (crop, squash, pad):
-        image = Image.new("RGB", (320, 240))
-        image.paste((255, 255, 255), (120, 80, 200, 160))
-        box = transform.box((120, 80, 200, 160), 320, 240)
-        assert box is not None
-        rows, columns = (transform(image)[0] > 127).nonzero().unbind(1)
-        seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        assert all(abs(float(a) - b) <= 1 for a, b in zip(seen, box, strict=True)), transform
 
 
 def test_settings_are_checked() -> None:

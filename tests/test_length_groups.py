@@ -11,8 +11,8 @@ from test_train import config_of, losses
 from tiny import codec
 
 import train
-from git_model.datasets import loader
-from git_model.datasets.loader import GlobalSampler, text_lengths
+from git_model.datasets import order
+from git_model.datasets.order import GlobalSampler, text_lengths
 from git_model.datasets.sources import build_source
 from git_model.errors import UserError
 
@@ -72,7 +72,7 @@ def test_lengths_are_read_without_pictures(tiny_tsv: Path, monkeypatch: pytest.M
         asked.append(len(texts))
         return [len(text.split()) for text in texts]
 
-    monkeypatch.setattr(loader, "TEXTS_TOGETHER", 10)
+    monkeypatch.setattr(order, "TEXTS_TOGETHER", 10)
     lengths = text_lengths(source, words)
     assert lengths[0] == (len(["a", "red", "thing"]) + len(["thing", "of", "red"])) / 2
     assert len(lengths) == 24

@@ -25,7 +25,7 @@ from git_model import engine, resume
 from git_model.checkpoint import read_content
 from git_model.cluster import StopRequest, adopt_slurm, first_host, rank_and_world
 from git_model.config import Config
-from git_model.datasets.loader import GlobalSampler
+from git_model.datasets.order import GlobalSampler
 from git_model.errors import EXIT_BUG, EXIT_PREEMPTED, Preempted, UserError
 from git_model.lock import folder_lock
 from git_model.run import Run

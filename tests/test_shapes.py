@@ -230,7 +230,7 @@ def test_files_are_written_once(tmp_path: Path) -> None:
     expected = {
         f"{split}.{column}.{suffix}"
         for split in counts
-        for column in ("img", "caption", "question", "region")
+        for column in ("img", "caption", "question", "region", "pair")
         for suffix in ("tsv", "lineidx", "lineidx.8b")
     }
     assert {p.name for p in tmp_path.iterdir()} == expected | {"dataset.json"}

@@ -18,7 +18,8 @@ from tiny import png
 from git_model.batch import BadSample
 from git_model.datasets.collate import Loaded
 from git_model.datasets.images import Transform
-from git_model.datasets.loader import GlobalSampler, ImageTextDataset
+from git_model.datasets.loader import ImageTextDataset
+from git_model.datasets.order import GlobalSampler
 from git_model.datasets.sources import SampleError, build_source
 from git_model.errors import UserError
 

@@ -56,7 +56,7 @@ def config(**changes: Any) -> Config:
         "train": {"freeze": ["nothing"], "warmup": 2},
     }
     for section, keys in changes.items():
-        values[section] = {**values[section], **keys}
+        values[section] = {**values.get(section, {}), **keys}
     return from_dict(Config, values)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from git_model.batch import IGNORE_INDEX, IMG_SLOT, BadSample, CaptionBatch, Target
+from git_model.batch import IGNORE_INDEX, IMG_SLOT, WHOLE, BadSample, Box, CaptionBatch, Region, Target
 from git_model.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class Loaded:
 
     Args:
         key: the record's name.
-        images: uint8 (3,H,W), or features (N,D), one per slot.
-        targets: what is said of them.
+        images: uint8 (3,H,W), or features (N,D).
+        targets: what is said of them; boxes in fractions of the encoder's input.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Row:
     positions: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)  # which of the sample's images fills each slot
+    slots: list[Region] = field(default_factory=list)  # what fills each slot
     key: str = ""
     targets: list[Target] = field(default_factory=list)
     prefix: int = 0  # length of segment 0
@@ -71,20 +71,34 @@ class Collator:
         num_image_tokens: K, tokens an image takes.
         pack: several targets of an image in one row.
         generate: prompts without targets; a prompt a row is padded on the left, as transformers' `generate` needs it.
+        regions: the model reads boxes; else a target with one is a bad sample.
+        longest: positions of the language model; a row that is longer is a bad sample. None = no limit.
     """
 
-    def __init__(self, codec: TextCodec, num_image_tokens: int, *, pack: bool = False, generate: bool = False) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        num_image_tokens: int,
+        *,
+        pack: bool = False,
+        generate: bool = False,
+        regions: bool = False,
+        longest: int | None = None,
+    ) -> None:
         self.codec = codec
         self.num_image_tokens = num_image_tokens
         self.pack = pack
         self.generate = generate
         self.left = generate and not pack
+        self.regions = regions
+        self.longest = longest
 
     def __call__(self, items: Sequence[Loaded | BadSample]) -> CaptionBatch:
         """Return the batch of the good items; the bad ones are listed in `skipped`."""
         rows: list[Row] = []
         images: list[Tensor] = []
         slots: list[int] = []
+        known: dict[tuple[int, Box | None], int] = {}  # every region of the batch once, by its image
         skipped: list[BadSample] = [item for item in items if isinstance(item, BadSample)]
         truncated = 0
         for item in items:
@@ -99,30 +113,41 @@ class Collator:
                 skipped.append(BadSample(item.key, f"prompt: {error}"))
                 continue
             truncated += cut
-            slots.extend(len(images) + s for row in built for s in row.slots)
+            for slot in (slot for row in built for slot in row.slots):
+                image = len(images) + slot.image
+                slots.append(known.setdefault((image, slot.box), len(known)) if self.regions else image)
             images.extend(item.images)
             rows.extend(built)
-        return self._pad(rows, images, slots, tuple(skipped), truncated)
+        return self._pad(rows, images, slots, list(known) if self.regions else None, tuple(skipped), truncated)
 
     def _rows(self, item: Loaded) -> tuple[list[Row], int]:
         # a question without an answer is something to ask, not something to train on
         teach = [t for t in item.targets if t.text or t.question_id is None]
         targets = merged(item.targets) if self.generate else teach
         free = [t for t in targets if IMG_SLOT not in t.prompt]
-        together = [free] if self.pack and free else [[t] for t in free]
+        alike: dict[tuple[Region, ...], list[Target]] = {}  # those of the same regions share a row
+        for target in free:
+            alike.setdefault(target.regions, []).append(target)
+        together = list(alike.values()) if self.pack else [[t] for t in free]
         slotted = [[t] for t in targets if IMG_SLOT in t.prompt]
         built = [self._row(item, targets) for targets in (*together, *slotted)]
+        longest = max((max(row.positions, default=-1) + 1 for row, _ in built), default=0)
+        if self.longest is not None and longest > self.longest:
+            raise UserError(f"{longest} tokens with images and answer, more than {self.longest}")
         return [row for row, _ in built], sum(cut for _, cut in built)
 
     def _row(self, item: Loaded, targets: list[Target]) -> tuple[Row, int]:
         """Return the row of one or more targets, and how many were cut."""
         row, cut = Row(key=item.key, targets=targets), 0
         row.add(self.codec.bos_ids, 0)
+        regions = targets[0].regions or tuple(Region(number) for number in range(len(item.images)))
+        if not self.regions and any(region.box for region in regions):
+            raise UserError("a box, and the model reads whole pictures only (it was trained without --region)")
         if IMG_SLOT in targets[0].prompt:
-            prompts = self._slotted_prefix(row, item, targets[0].prompt)
+            prompts = self._slotted_prefix(row, regions, targets[0].prompt)
         else:
-            for number in range(len(item.images)):
-                self._image(row, number)
+            for region in regions:
+                self._image(row, region)
             prompts = [self.codec.prompt(t.prompt) for t in targets]
         for segment, (target, prompt) in enumerate(zip(targets, prompts, strict=True), start=1):
             row.add(prompt, segment)
@@ -132,25 +157,26 @@ class Collator:
                 cut += was_cut
         return row, cut
 
-    def _slotted_prefix(self, row: Row, item: Loaded, prompt: str) -> list[list[int]]:
+    def _slotted_prefix(self, row: Row, regions: Sequence[Region], prompt: str) -> list[list[int]]:
         """Lay out text and images in the prompt's own order; return the text after the last slot."""
         *before, last = prompt.split(IMG_SLOT)
-        if len(before) != len(item.images):
-            raise UserError(f"{len(before)} {IMG_SLOT} slots for {len(item.images)} images")
-        for number, text in enumerate(before):
+        if len(before) != len(regions):
+            raise UserError(f"{len(before)} {IMG_SLOT} slots for {len(regions)} images")
+        for region, text in zip(regions, before, strict=True):
             row.add(self.codec.prompt(text.strip()), 0)
-            self._image(row, number)
+            self._image(row, region)
         return [self.codec.prompt(last.strip())]
 
-    def _image(self, row: Row, number: int) -> None:
+    def _image(self, row: Row, region: Region) -> None:
         row.add([self.codec.pad_id] * self.num_image_tokens, 0, image=True)
-        row.slots.append(number)
+        row.slots.append(region)
 
     def _pad(
         self,
         rows: list[Row],
         images: list[Tensor],
         slots: list[int],
+        regions: list[tuple[int, Box | None]] | None,
         skipped: tuple[BadSample, ...],
         truncated: int,
     ) -> CaptionBatch:
@@ -180,16 +206,18 @@ class Collator:
             targets=tuple(tuple(row.targets) for row in rows),
             skipped=skipped,
             truncated=truncated,
+            boxes=None if regions is None else torch.tensor([box or WHOLE for _, box in regions]).view(-1, 4),  # (Q,4)
+            box_image=None if regions is None else torch.tensor([image for image, _ in regions], dtype=torch.long),
         )
 
 
 def merged(targets: Sequence[Target]) -> list[Target]:
-    """Return what there is to ask: each question once, and captions of one prompt as one row with all references."""
+    """Return what there is to ask: each question once, captions of one prompt and region once, with all references."""
     asks: list[Target] = []
-    captions: dict[str, list[str]] = {}
+    captions: dict[tuple[str, tuple[Region, ...]], list[str]] = {}
     for target in targets:
         if target.question_id is None:
-            captions.setdefault(target.prompt, []).extend(target.answers or (target.text,))
+            captions.setdefault((target.prompt, target.regions), []).extend(target.answers or (target.text,))
         else:
             asks.append(target)
-    return [Target("", prompt, None, tuple(texts)) for prompt, texts in captions.items()] + asks
+    return [Target("", prompt, None, tuple(texts), regions) for (prompt, regions), texts in captions.items()] + asks

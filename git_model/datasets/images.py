@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +21,8 @@ from PIL import Image, ImageFile, features
 from git_model.architecture import choice
 from git_model.config import AUGMENTS, DECODES, RESIZES
 from git_model.datasets.jpeg import decode_photo, random_part, turn_of
-from git_model.errors import UserError
+from git_model.datasets.regions import Frame
+from git_model.errors import ImageError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,17 +49,6 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {  # Pillow's format, or the reason to re
 _HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _BMP_HEADERS = [bytes((n, 0, 0, 0)) for n in (12, 40, 52, 56, 64, 108, 124)]  # "BM" alone is too weak
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<title", b"<meta", b"<div")
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used: `reason` is a short word to count by, `detail` the decoder's words."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)  # both in args: the error survives pickling out of a worker
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return ": ".join(str(part) for part in self.args if part)
 
 
 def decode_image(data: bytes, *, tolerate_truncated: bool = False) -> Image.Image:
@@ -229,41 +219,34 @@ class Transform:
             data: an encoded file, or a picture that is already decoded.
             rng: augment with draws from it; None = the evaluation geometry.
         """
+        return self.framed(data, rng)[0]
+
+    def framed(self, data: bytes | Image.Image, rng: np.random.Generator | None = None) -> tuple[Tensor, Frame]:
+        """Return what calling returns, and where in the picture it lies: boxes follow by it."""
         import torch
 
         crop = rng is not None and "crop" in self.augment
         photo = decode_photo(data, self._resampled_to, whole=crop) if self.decode == "scaled" else None
-        if photo is not None:
-            part = photo.cut(random_part(photo.width, photo.height, rng)) if crop else photo
-            pixels = part.framed(self.resolution, *self._geometry(part.width, part.height))  # (H,W,3)
-        else:
+        image = None
+        if photo is None:
             image = _to_rgb(data) if isinstance(data, Image.Image) else decode_image(data)
             if 0 in image.size:
                 raise ImageError("empty", f"{image.width}x{image.height}")
-            part = image.crop(random_part(image.width, image.height, rng)) if crop else image
-            pixels = np.asarray(self._resized(part))  # (H,W,3)
+        width, height = (photo or image).width, (photo or image).height  # type: ignore[union-attr]
+        part = random_part(width, height, rng) if crop else (0, 0, width, height)
+        new_width, new_height, left, top = self._geometry(part[2] - part[0], part[3] - part[1])
+        if photo is not None:
+            kept = photo.cut(part) if crop else photo
+            pixels = kept.framed(self.resolution, new_width, new_height, left, top)  # (H,W,3)
+        else:
+            assert image is not None
+            pixels = np.asarray(self._resized(image.crop(part) if crop else image))  # (H,W,3)
+        draw = 0
         if rng is not None:
             draw = int(rng.integers(8 if "dihedral" in self.augment else 2 if "flip" in self.augment else 1))
             pixels = np.rot90(pixels[:, :: -1 if draw & 1 else 1], draw >> 1)  # mirror, then quarter turns
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3,H,W)
-
-    def box(self, box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
-        """Carry a box to the output frame of the evaluation geometry.
-
-        Args:
-            box: x0, y0, x1, y1 in pixels of the upright picture of `width` x `height` pixels.
-
-        Returns:
-            x0, y0, x1, y1 in output pixels, clipped; None where nothing of the box is left.
-        """
-        new_width, new_height, left, top = self._geometry(width, height)
-
-        def carry(value: float, old: int, new: int, start: int) -> float:
-            return min(max(min(max(value, 0.0), old) * new / old - start, 0.0), float(self.resolution))
-
-        x0, x1 = (carry(x, width, new_width, left) for x in (box[0], box[2]))
-        y0, y1 = (carry(y, height, new_height, top) for y in (box[1], box[3]))
-        return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+        frame = Frame(width, height, part, (new_width, new_height), (left, top), self.resolution, draw)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), frame  # (3,H,W)
 
     def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Return the resized width and height, and where in them the output frame starts (x, y)."""

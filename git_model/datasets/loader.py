@@ -1,4 +1,4 @@
-"""The seeded sampler, whose whole state is (epoch, step), and the loader built on it."""
+"""Records -> decoded samples -> batches, by worker processes whose deaths are told by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from git_model.batch import BadSample, CaptionBatch, Target
 from git_model.datasets.collate import Collator, Loaded
 from git_model.datasets.features import FeatureStore, chosen
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
+from git_model.datasets.order import GlobalSampler, Index
+from git_model.datasets.regions import carried, cut_out, ignored
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, UserError
-
-Index = tuple[int, int]  # (epoch, record)
-BLOCKS_TOGETHER = 16  # whose records are mixed with each other: few enough to stay in a node's page cache
-TEXTS_TOGETHER = 4096  # records whose texts a tokenizer counts in one call
 
 
 class ImageTextDataset(Dataset[Loaded | BadSample]):
@@ -38,6 +36,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         seed: of the draws.
         cache: keep decoded pictures in memory (of each worker).
         augment: draw augmentations (training).
+        regions: how the model reads boxes, see `RegionConfig.mode`: they are carried along, cut out, or ignored.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         seed: int = 0,
         cache: bool = False,
         augment: bool = False,
+        regions: str = "none",
     ) -> None:
         self.source = source
         self.transform = transform
@@ -57,6 +57,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
         self.captions = captions
         self.seed = seed
         self.augment = augment and transform.augment != "none"
+        self.regions = regions
         self.cache: dict[int, Any] | None = {} if cache else None
         self.at: torch.Tensor | None = None
         self.store: FeatureStore | None = None  # features in place of pictures, which are not read then
@@ -80,7 +81,7 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             rng = np.random.default_rng([self.seed, epoch, record])
             targets = self._drawn(sample.targets, rng)
             if self.store is None:
-                images = self._images(record, sample.images, rng)
+                images, targets = self._look(record, sample.images, targets, rng if self.augment else None)
             else:
                 images = (torch.from_numpy(self.store.get(record, sample)),)
         except (ImageError, SampleError) as error:
@@ -98,136 +99,30 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             kept = np.sort(rng.choice(kept, self.targets, replace=False)).tolist()
         return tuple(targets[i] for i in kept)
 
-    def _images(self, record: int, files: Sequence[bytes], rng: np.random.Generator) -> tuple[Any, ...]:
-        """Return the transformed pictures; the cache keeps what does not change between visits."""
+    def _look(
+        self, record: int, files: Sequence[bytes], targets: tuple[Target, ...], rng: np.random.Generator | None
+    ) -> tuple[tuple[Any, ...], tuple[Target, ...]]:
+        """Return the transformed pictures, and the targets with boxes in their frames."""
+        if self.regions == "crop":
+            pictures = self._kept(record, files, decode_image)
+            return cut_out(targets, pictures, lambda picture: self.transform(picture, rng))
+        if rng is None:
+            seen = self._kept(record, files, self.transform.framed)
+        else:
+            pictures = files if self.cache is None else self._kept(record, files, decode_image)
+            seen = tuple(self.transform.framed(picture, rng) for picture in pictures)
+        images = tuple(image for image, _ in seen)
+        if self.regions == "ignore":
+            return images, ignored(targets)
+        return images, carried(targets, [frame for _, frame in seen])
+
+    def _kept(self, record: int, files: Sequence[bytes], make: Callable[[bytes], Any]) -> tuple[Any, ...]:
+        """Return what is made of each file; the cache keeps what does not change between visits."""
         if self.cache is None:
-            return tuple(self.transform(data, rng if self.augment else None) for data in files)
+            return tuple(map(make, files))
         if record not in self.cache:
-            self.cache[record] = tuple(decode_image(d) if self.augment else self.transform(d) for d in files)
-        kept = self.cache[record]
-        return tuple(self.transform(picture, rng) for picture in kept) if self.augment else kept
-
-
-class GlobalSampler(Sampler[list[Index]]):
-    """Yields each micro-batch's records of this rank, from one order that depends on (seed, epoch) alone.
-
-    Step s of an epoch takes the positions [s*G, (s+1)*G) of the epoch's permutation, G = batch_size * world *
-    accumulation; micro-batches and ranks cut that stretch in order. So one big batch, accumulation and several
-    ranks see the same samples at the same step. The last step of an epoch may be short: some of its micro-batches
-    are then empty.
-
-    Args:
-        size: records.
-        batch_size: records a rank and micro-batch.
-        seed: of the order.
-        epochs: how many to yield.
-        rank: of this process.
-        world: number of processes.
-        accumulation: micro-batches a step.
-        start: (epoch, step) to begin at.
-        block: records that are read together; 0 = any order.
-        lengths: of the records' texts, in tokens; None = whatever order of lengths comes.
-        window: steps whose records are sorted by length, so that those of a step are of a length; the steps of a
-            window then come in any order.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        *,
-        seed: int,
-        epochs: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulation: int = 1,
-        start: tuple[int, int] = (0, 0),
-        block: int = 0,
-        lengths: np.ndarray | None = None,
-        window: int = 0,
-    ) -> None:
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epochs = epochs
-        self.rank = rank
-        self.world = world
-        self.accumulation = accumulation
-        self.start = start
-        self.block = block
-        self.lengths, self.window = lengths, window
-        self.step_size = batch_size * world * accumulation
-        self.steps_per_epoch = -(-size // self.step_size)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Return the permutation of an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = self._drawn(rng)
-        if self.lengths is None or not self.window:
-            return order
-        whole = self.size - self.size % self.step_size  # the short last step stays what it is
-        for start in range(0, whole, self.window * self.step_size):
-            part = order[start : min(start + self.window * self.step_size, whole)]
-            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step_size)
-            part[:] = steps[rng.permutation(len(steps))].reshape(-1)
-        return order
-
-    def _drawn(self, rng: np.random.Generator) -> np.ndarray:
-        kind = np.int32 if self.size < 2**31 else np.int64  # 4 bytes a record in every process
-        if not self.block:
-            return rng.permutation(np.arange(self.size, dtype=kind))
-        starts = rng.permutation(np.arange(0, self.size, self.block))
-        order = np.empty(self.size, kind)
-        filled = 0
-        for first in range(0, len(starts), BLOCKS_TOGETHER):
-            ranges = [np.arange(s, min(s + self.block, self.size)) for s in starts[first : first + BLOCKS_TOGETHER]]
-            drawn = rng.permutation(np.concatenate(ranges))
-            order[filled : filled + len(drawn)] = drawn
-            filled += len(drawn)
-        return order
-
-    def __len__(self) -> int:
-        done = self.start[0] * self.steps_per_epoch + self.start[1]
-        return (self.epochs * self.steps_per_epoch - done) * self.accumulation
-
-    def __iter__(self) -> Iterator[list[Index]]:
-        """Yield lists of (epoch, record)."""
-        first_epoch, first_step = self.start
-        for epoch in range(first_epoch, self.epochs):
-            order = self.order(epoch)
-            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
-                for micro in range(self.accumulation):
-                    block = (step * self.accumulation + micro) * self.world + self.rank
-                    records = order[block * self.batch_size : (block + 1) * self.batch_size]
-                    yield [(epoch, int(record)) for record in records]
-
-
-def text_lengths(source: Source, count: Callable[[Sequence[str]], Sequence[int]], together: bool = False) -> np.ndarray:
-    """Return the tokens of each record's texts: of one on average, or of all `together`. No picture is read.
-
-    Records that cannot be read count 0; they are reported when they are drawn.
-
-    Args:
-        source: of the records.
-        count: texts -> tokens of each; it is asked for many at a time.
-        together: a record's texts share a row.
-    """
-    lengths = np.zeros(len(source), np.float32)
-    for start in range(0, len(source), TEXTS_TOGETHER):
-        texts: list[str] = []
-        owners: list[int] = []
-        shares: list[float] = []
-        for record in range(start, min(start + TEXTS_TOGETHER, len(source))):
-            try:
-                targets = source.said(record).targets
-            except RecordError:
-                continue
-            said = [text for t in targets for text in (t.prompt, t.text) if text]
-            texts += said
-            owners += [record] * len(said)
-            shares += [1.0 if together else 1 / len(targets)] * len(said)
-        np.add.at(lengths, owners, np.multiply(shares, count(texts)))
-    return lengths
+            self.cache[record] = tuple(map(make, files))
+        return self.cache[record]
 
 
 def train_batches(

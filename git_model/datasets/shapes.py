@@ -38,8 +38,8 @@ from git_model.datasets.shapes_text import (
 from git_model.errors import UserError, one_of
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("caption", "question", "region")
-VERSION = 2  # raise it when the drawing or the words change: folders written before are made anew
+COLUMNS = ("caption", "question", "region", "pair")
+VERSION = 3  # raise it when the drawing or the words change: folders written before are made anew
 MIN_SIDE = 32
 MIN_VISIBLE = 0.6
 SUPERSAMPLE = 3
@@ -50,11 +50,13 @@ RGB = {
 }  # fmt: skip
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
+PAIR_QUESTION = "image 1 [IMG] image 2 [IMG] describe image {number}"
 RADII = {"small": (0.13, 0.143), "large": (0.215, 0.235)}  # fractions of the side
 NUMBER_WEIGHTS = (40, 40, 20)  # of scenes with one, two and three things
+USUAL, MOST = (1, 3), 4  # things in a scene
 
 
-def make_scene(seed: int, split: str, index: int, side: int = 48) -> Scene:
+def make_scene(seed: int, split: str, index: int, side: int = 48, things: tuple[int, int] = USUAL) -> Scene:
     """Compose the scene number `index` of a split.
 
     Args:
@@ -62,24 +64,27 @@ def make_scene(seed: int, split: str, index: int, side: int = 48) -> Scene:
         split: "train" or "val" (no held-out combination), or "test" (at least one in every scene).
         index: from 0, without an upper bound.
         side: of the square picture, in pixels.
+        things: fewest and most in a scene; USUAL weighs their number by NUMBER_WEIGHTS, others are all as frequent.
 
     Raises:
-        UserError: an unknown split, or a side below MIN_SIDE.
+        UserError: an unknown split, a side below MIN_SIDE, or numbers of things that are not from 1 to MOST.
     """
     if split not in SPLITS:
         raise one_of("split", split, SPLITS)
     if side < MIN_SIDE:
         raise UserError(f"side is {side}; a picture needs at least {MIN_SIDE} pixels")
+    if not 1 <= things[0] <= things[1] <= MOST:
+        raise UserError(f"{things[0]} to {things[1]} things in a scene; it has 1 to {MOST}")
     key = f"shapes_{seed}_{split}_{index:06d}"
     rng = random.Random(key)
     ground = f"{rng.choice(PATTERNS)} {rng.choice(list(TONE_RGB))}"
-    number = rng.choices((1, 2, 3), weights=NUMBER_WEIGHTS)[0]
+    number = rng.choices((1, 2, 3), weights=NUMBER_WEIGHTS)[0] if things == USUAL else rng.randint(*things)
     looks = _looks(rng, number, held_out=split == "test")
     while True:
         boxes = _layout(rng, looks, side)
-        things = [Thing(s, c, z, box) for (c, s, z), box in zip(looks, boxes, strict=True)]
-        things.sort(key=lambda t: (t.size != "large", t.centre))
-        scene = Scene(key, tuple(things), ground, side)
+        placed = [Thing(s, c, z, box) for (c, s, z), box in zip(looks, boxes, strict=True)]
+        placed.sort(key=lambda t: (t.size != "large", t.centre))
+        scene = Scene(key, tuple(placed), ground, side)
         if _readable(scene):
             return scene
 
@@ -95,7 +100,7 @@ def _looks(rng: random.Random, number: int, *, held_out: bool) -> list[tuple[str
             pool = [p for p in pairs if p not in chosen and (not alike or {*p} & {*chosen[0]})]
             chosen.append(rng.choice(pool))
         rng.shuffle(chosen)
-        num_large = rng.randint(1, 2) if number == 3 else rng.randint(0, number)
+        num_large = rng.randint(*{3: (1, 2), 4: (0, 1)}.get(number, (0, number)))
         looks = [(c, s, "large" if i < num_large else "small") for i, (c, s) in enumerate(chosen)]
         if bool(HELD_OUT & {*looks}) == held_out:
             return looks
@@ -233,6 +238,7 @@ def write_shapes(
     test: int = 400,
     side: int = 48,
     seed: int = 0,
+    things: tuple[int, int] = USUAL,
     progress: bool = True,
 ) -> dict[str, int]:
     """Write the data set as GIT TSV files: image, caption, question and region for each split.
@@ -244,30 +250,32 @@ def write_shapes(
         train, val, test: scenes in each split; these numbers are returned.
         side: of the square pictures, in pixels.
         seed: of the whole data set.
+        things: fewest and most in a scene.
         progress: show a bar on stderr.
 
     Raises:
-        UserError: a negative count, or a side below MIN_SIDE.
+        UserError: a negative count; or see `make_scene`.
     """
     counts = {"train": train, "val": val, "test": test}
     for split, count in counts.items():
         if count < 0:
             raise UserError(f"{split} is {count}; the number of scenes must be 0 or more")
-    stated = {"version": VERSION, "seed": seed, "side": side, "counts": counts, "held_out": sorted(HELD_OUT)}
+    stated: dict[str, object] = {"version": VERSION, "seed": seed, "side": side, "things": list(things)}
+    stated |= {"counts": counts, "held_out": sorted(HELD_OUT)}
     text = json.dumps(stated)
     statement = out_dir / "dataset.json"
     names = [out_dir / f"{split}.{column}.tsv" for split in SPLITS for column in ("img", *COLUMNS)]
     done = statement.is_file() and statement.read_text(encoding="utf-8") == text
     if done and all(name.is_file() for name in names):
         return counts
-    make_scene(seed, "train", 0, side)  # refuses a bad side before anything is touched
+    make_scene(seed, "train", 0, side, things)  # refuses a bad side before anything is touched
     out_dir.mkdir(parents=True, exist_ok=True)
     statement.unlink(missing_ok=True)  # a run that stops half-way must not look finished
     with tqdm(total=sum(counts.values()), desc="drawing shapes", unit="scene", disable=not progress) as bar:
         for split, count in counts.items():
-            scenes = [make_scene(seed, split, i, side) for i in range(count)]
+            scenes = [make_scene(seed, split, i, side, things) for i in range(count)]
             write_tsv(out_dir / f"{split}.img.tsv", _image_rows(scenes, bar))
-            said = [_said(scene, i) for i, scene in enumerate(scenes)]
+            said = [_said(scene, i) | {"pair": _pairs(scenes, i)} for i, scene in enumerate(scenes)]
             for column in COLUMNS:
                 rows = ((s.key, json_cell(words[column])) for s, words in zip(scenes, said, strict=True))
                 write_tsv(out_dir / f"{split}.{column}.tsv", rows)
@@ -294,3 +302,16 @@ def _said(scene: Scene, index: int) -> dict[str, list[dict[str, object]]]:
         ],
         "region": [{"phrase": phrase, "box": list(box)} for phrase, box in regions(scene)],
     }
+
+
+def _pairs(scenes: Sequence[Scene], index: int) -> list[dict[str, object]]:
+    """Return questions about a thing of this scene and one of the next: which of the two pictures is meant counts."""
+    both = [scenes[index], scenes[(index + 1) % len(scenes)]]
+    rng = random.Random(f"{both[0].key}/pair")
+    chosen = [rng.choice(regions(scene)) for scene in both]
+    images = [{"key": scene.key, "box": list(box)} for scene, (_, box) in zip(both, chosen, strict=True)]
+    told: list[dict[str, object]] = []
+    for number, (phrase, _) in enumerate(chosen, start=1):
+        question = PAIR_QUESTION.format(number=number)
+        told.append({"question": question, "question_id": 2 * index + number - 1, "answer": phrase, "images": images})
+    return told

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = ("red", "yellow", "green", "blue", "white", "black")
 PATTERNS = ("plain", "striped", "dotted", "checkered", "shaded", "grainy")
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four")
 
 SIZES = ("small", "large")
 
@@ -120,9 +120,8 @@ def place(thing: Thing, side: int) -> str:
 
 def caption(scene: Scene, style: int) -> str:
     """Describe the scene in one fixed style, an index of PAIR_STYLES (as long as SINGLE_STYLES)."""
-    first, last = scene.things[0], scene.things[-1]
+    first = scene.things[0]
     second = scene.things[min(1, len(scene.things) - 1)]
-    tails = ("", "", f" and a {last.size} {last.name}")
     rel = relation(first, second) if second is not first else ""
     return (PAIR_STYLES if rel else SINGLE_STYLES)[style].format(
         a=f"{first.size} {first.name}",
@@ -131,7 +130,7 @@ def caption(scene: Scene, style: int) -> str:
         big_b=f"{SYNONYMS[second.size]} {second.name}",
         rel=rel,
         back=OPPOSITE.get(rel, ""),
-        tail=tails[len(scene.things) - 1],
+        tail="".join(f" and a {thing.size} {thing.name}" for thing in scene.things[2:]),
         place=place(first, scene.side),
         number=NUMBERS[len(scene.things)],
         ground=scene.ground,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import inspect
 import json
 from bisect import bisect_right
@@ -15,8 +13,10 @@ from typing import Any, Protocol
 
 from git_model.batch import Sample, Target
 from git_model.datasets.coco import CocoCaptions, VqaV2
-from git_model.datasets.files import RecordError, SampleError
+from git_model.datasets.files import SampleError
 from git_model.datasets.records import TSVFile
+from git_model.datasets.region_files import CocoRegions, TextOcr, VisualGenome
+from git_model.datasets.tsv_sources import SeveralImages, TSVPair, existing_file, readable_rows
 from git_model.datasets.webdataset import WebDataset
 from git_model.errors import UserError, nearest, one_of
 
@@ -49,7 +49,7 @@ class ConceptualCaptions:
         if split not in self.FILES:
             raise one_of("cc3m split", split, self.FILES)
         self.images = dir / split
-        self.rows = TSVFile(_file(dir / self.FILES[split], "Conceptual Captions"))
+        self.rows = TSVFile(existing_file(dir / self.FILES[split], "Conceptual Captions"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,78 +68,7 @@ class ConceptualCaptions:
 
     def texts(self) -> Iterator[str]:
         """Yield every caption."""
-        yield from (columns[0].strip() for columns in _rows(self.rows))
-
-
-class TSVPair:
-    """GIT's TSVs: an image TSV and, row by row beside it, captions, questions or both.
-
-    Args:
-        dir: where relative names start.
-        images: `key \\t base64` TSV.
-        captions: `key \\t [{"caption"}]` TSV.
-        questions: `key \\t [{"question", "question_id", "answer" or "answers"}]` TSV.
-    """
-
-    def __init__(self, dir: Path, images: str, captions: str | None = None, questions: str | None = None) -> None:
-        self.images = TSVFile(_file(dir / images, "image TSV"))
-        self.captions = TSVFile(_file(dir / captions, "caption TSV")) if captions else None
-        self.questions = TSVFile(_file(dir / questions, "question TSV")) if questions else None
-        for other in filter(None, (self.captions, self.questions)):
-            if len(other) != len(self.images):
-                raise UserError(f"{other.path} has {len(other)} rows, {self.images.path} has {len(self.images)}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        columns = self.images[index]
-        key = columns[0]
-        if len(columns) < 2:
-            raise SampleError(key, "bad_row")
-        try:
-            image = base64.b64decode(columns[1], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise SampleError(key, "bad_base64") from error
-        return Sample(key, (image,), self._targets(index, key))
-
-    def said(self, index: int) -> Sample:
-        """Return a record without its picture: the key is the texts' then."""
-        file = self.captions or self.questions
-        key = (file or self.images)[index][0]
-        return Sample(key, (), self._targets(index, key))
-
-    def _targets(self, index: int, key: str) -> tuple[Target, ...]:
-        targets: list[Target] = []
-        if self.captions:
-            targets += [Target(str(c["caption"])) for c in self._cell(self.captions, index, key, "caption")]
-        if self.questions:
-            asked = self._cell(self.questions, index, key, "question")
-            targets += [_question(q, number, key) for number, q in enumerate(asked)]
-        return tuple(targets)
-
-    def _cell(self, file: TSVFile, index: int, key: str, needed: str) -> list[dict[str, Any]]:
-        columns = file[index]
-        if columns[0] != key:
-            raise UserError(f"row {index} of {file.path} has key '{columns[0]}', the image TSV has '{key}'")
-        try:
-            entries = json.loads(columns[1])
-            if isinstance(entries, list) and all(isinstance(e, dict) and needed in e for e in entries):
-                return entries
-        except (IndexError, TypeError, ValueError):
-            pass
-        raise SampleError(key, f"bad_{needed}_json")
-
-    def texts(self) -> Iterator[str]:
-        """Yield every caption, question and answer."""
-        for file in filter(None, (self.captions, self.questions)):
-            for columns in _rows(file):
-                try:
-                    entries = [Target(e["caption"]) if "caption" in e else _question(e) for e in json.loads(columns[1])]
-                except (IndexError, KeyError, TypeError, ValueError):
-                    continue  # counted when the record is drawn
-                for target in entries:
-                    yield from filter(None, (target.prompt, target.text))
+        yield from (columns[0].strip() for columns in readable_rows(self.rows))
 
 
 class EasyVqa:
@@ -154,7 +83,7 @@ class EasyVqa:
         if split not in ("train", "test"):
             raise one_of("easy_vqa split", split, ("train", "test"))
         self.images = dir / split / "images"
-        rows = json.loads(_file(dir / split / "questions.json", "easy-VQA").read_text(encoding="utf-8"))
+        rows = json.loads(existing_file(dir / split / "questions.json", "easy-VQA").read_text(encoding="utf-8"))
         self.targets: dict[int, list[Target]] = {}
         for number, (question, answer, image) in enumerate(rows):
             self.targets.setdefault(int(image), []).append(Target(answer, question, number, (answer,)))
@@ -214,6 +143,10 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "easy_vqa": EasyVqa,
     "coco": CocoCaptions,
     "vqav2": VqaV2,
+    "several_images": SeveralImages,
+    "visual_genome": VisualGenome,
+    "textocr": TextOcr,
+    "coco_regions": CocoRegions,
 }
 
 
@@ -250,30 +183,6 @@ def checked_entry(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if missing := [n for n, p in allowed.items() if p.default is p.empty and n not in arguments]:
         raise UserError(f"source '{kind}' needs {', '.join(missing)}")
     return kind, arguments
-
-
-def _question(entry: Mapping[str, Any], number: int = 0, key: str = "") -> Target:
-    if not isinstance(entry.get("answers", []), list):
-        raise SampleError(key, "bad_question_json")
-    answers = tuple(map(str, entry.get("answers", ())))
-    answer = str(entry.get("answer", answers[0] if answers else ""))
-    identity = entry.get("question_id", number)
-    return Target(answer, str(entry["question"]), identity, answers or ((answer,) if answer else ()))
-
-
-def _rows(file: TSVFile) -> Iterator[list[str]]:
-    """Yield the readable rows of a file; the others are counted when they are drawn."""
-    for index in range(len(file)):
-        try:
-            yield file[index]
-        except RecordError:
-            continue
-
-
-def _file(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"no {what} file at {path} (relative paths start at --data_dir)")
-    return path
 
 
 def _read(path: Path) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from git_model.architecture import DTYPES
 from git_model.config import Config
@@ -17,8 +19,11 @@ from git_model.models.git import GitModel
 from git_model.models.hub import check_name
 from git_model.models.language import LanguageModel
 from git_model.models.mapper import build_mapper
+from git_model.models.region import RegionMapper, build_reader
 from git_model.models.vision import VisionEncoder, build_vision, vision_facts
 from git_model.tokens import TextCodec, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def build_model(
@@ -66,7 +71,7 @@ def build_model(
         compute=getattr(torch, dtype) if config.language.bits < 16 else None,
     )
     torch.manual_seed(config.train.seed + 1)
-    mapper = build_mapper(config.mapper, vision.dim, language.dim, vision.num_tokens)
+    mapper = _build_mapper(config, vision, language.dim, load="mapper" not in held)
     codec = TextCodec(tokenizer, language.vocab_size, config.data.max_text_tokens, config.data.max_prompt_tokens)
     model = GitModel(vision, mapper, language, codec)
     if language.max_positions is not None:  # a longer prompt is a skipped sample, not the run's end
@@ -82,6 +87,18 @@ def build_model(
         if part not in model.frozen and not (part == "language" and adapted):
             getattr(model, part).float()
     return model
+
+
+def _build_mapper(config: Config, vision: VisionEncoder, width: int, load: bool) -> Any:
+    """Return the mapper, and what comes between it and the encoder."""
+    reader = build_reader(config.region, vision.dim, vision.num_tokens)
+    given = (vision.dim, vision.num_tokens) if reader is None else (reader.dim, reader.num_tokens)
+    mapper = build_mapper(config.mapper, given[0], width, given[1])
+    if load and config.region.warm_start is not None:
+        left = reader.warm_start(config.region.warm_start)
+        log.info("%s: started the region reader, but for %s", config.region.warm_start, ", ".join(left) or "nothing")
+    norm = nn.LayerNorm(vision.dim) if config.vision.join == "mean" else None
+    return mapper if reader is None and norm is None else RegionMapper(mapper, reader, norm)
 
 
 def frozen_parts(config: Config) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from git_model.batch import IGNORE_INDEX, CaptionBatch
+from git_model.batch import IGNORE_INDEX, WHOLE, CaptionBatch
 from git_model.models.language import Decoding, LanguageModel
 from git_model.tokens import TextCodec
 
@@ -33,6 +34,7 @@ class GitModel(nn.Module):
         self.codec = codec
         self.frozen: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of parts a checkpoint names but does not hold; see checkpoint.py
+        self.brought: set[str] = set()  # parts with another checkpoint's weights, which no name brings back
         self.checkpointing = False  # of a frozen decoder
         self.reads_features = False  # batches hold features, from a store, not pictures
 
@@ -79,10 +81,30 @@ class GitModel(nn.Module):
             self.checkpointing = True
             self.train(self.training)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Return image tokens: pictures (I,3,H,W) uint8, or their features (I,N,D) -> (I,K,E)."""
+    @property
+    def reads_regions(self) -> bool:
+        """Whether a box can be given beside a picture's features."""
+        return bool(getattr(self.mapper, "reads_regions", False))
+
+    def encode(self, images: Tensor, boxes: Tensor | None = None, box_image: Tensor | None = None) -> Tensor:
+        """Return image tokens.
+
+        Args:
+            images: pictures (I,3,H,W) uint8, or their features (I,N,D).
+            boxes: (Q,4) in fractions of the encoder's input, for a model that `reads_regions`; None = whole pictures.
+            box_image: (Q,) the image each box lies in.
+
+        Returns:
+            (I,K,E), or (Q,K,E) where there are boxes: a picture's features are made once for all of its own.
+        """
         features = images if images.is_floating_point() else self.features(images)  # (I,N,D)
-        return self.mapper(features.to(next(self.mapper.parameters(), features).dtype))  # (I,K,E)
+        features = features.to(next(self.mapper.parameters(), features).dtype)
+        if not self.reads_regions:
+            return self.mapper(features)  # (I,K,E)
+        if boxes is None or box_image is None:
+            boxes = features.new_tensor([WHOLE]).expand(len(features), -1)  # (I,4)
+            box_image = torch.arange(len(features), device=features.device)
+        return self.mapper(features, boxes, box_image)  # (Q,K,E)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the encoder's features: (I,3,H,W) uint8 -> (I,N,D)."""
@@ -98,7 +120,7 @@ class GitModel(nn.Module):
         if empty:
             batch = self._blank(batch.input_ids.device)
         batch = batch.without_last_column()
-        embeds = self.language.embed(batch, self.encode(batch.images))  # (R,T,E)
+        embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
         loss = self.language.loss(embeds, batch)
         return loss * 0.0 if empty else loss
 
@@ -123,6 +145,21 @@ class GitModel(nn.Module):
             sources=torch.arange(size + 1, device=device)[None] - 1,
         )
 
+    @torch.no_grad()
+    def log_likelihood(self, batch: CaptionBatch) -> Tensor:
+        """Return the mean log-probability of each row's target tokens, (R,): how sure the model is of a text.
+
+        Args:
+            batch: one target a row (`Collator(pack=False)`).
+        """
+        batch = batch.without_last_column()
+        embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
+        hidden = self.language.hidden(embeds, batch).flatten(0, 1)[batch.predictors]  # (L,E)
+        losses = F.cross_entropy(self.language.project(hidden).float(), batch.wanted, reduction="none")  # (L,)
+        rows = batch.predictors // batch.input_ids.shape[1]  # (L,)
+        sums = losses.new_zeros(len(batch.input_ids)).index_add(0, rows, losses)  # (R,)
+        return -sums / torch.bincount(rows, minlength=len(sums)).clamp(min=1)
+
     @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
     def generate(
         self, batch: CaptionBatch, decoding: Decoding | None = None, tokens: Tensor | None = None
@@ -132,11 +169,12 @@ class GitModel(nn.Module):
         Args:
             batch: what is asked; several prompts a row where the language model `branches`.
             decoding: how.
-            tokens: (I,K,E) image tokens, if they were made before: the batch's images are not looked at then.
+            tokens: (I,K,E) image tokens, (Q,K,E) of regions, if they were made before: the batch's images are not
+                looked at then.
         """
         if len(batch.input_ids) == 0:
             return []
-        tokens = self.encode(batch.images) if tokens is None else tokens
+        tokens = self.encode(batch.images, batch.boxes, batch.box_image) if tokens is None else tokens
         embeds = self.language.embed(batch, tokens)  # (R,T,E)
         ids = self.language.generate(
             embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id

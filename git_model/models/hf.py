@@ -119,7 +119,7 @@ class GitModelForCaptioning(PreTrainedModel):
     ) -> tuple[CaptionBatch, Tensor]:
         git = self.git
         features = git.vision(pixel_values.to(next(git.vision.parameters()).dtype))  # (I,N,D)
-        tokens = git.mapper(features.to(next(git.mapper.parameters(), features).dtype))  # (I,K,E)
+        tokens = git.encode(features)  # (I,K,E)
         prompts = _prompts(len(tokens), input_ids, attention_mask)
         batch = _batch(git, prompts).to(tokens.device)
         return batch, git.language.embed(batch, tokens)  # (I,T,E)

@@ -38,6 +38,10 @@ def config_refusal(config: Config) -> str:
         )
     if mapper not in MAPPERS:
         return f"its mapper is '{mapper}', and LLaVA's projector is one of: {', '.join(MAPPERS)}"
+    if config.region.takes_boxes:
+        return f"it reads boxes (--region {config.region.mode}), and LLaVA whole pictures"
+    if config.vision.join != "concat":
+        return "its layers are averaged (--join mean), and LLaVA joins them"
     if config.language.prefix_attention != "causal":
         return "its image tokens see each other (language.prefix_attention bidirectional), and LLaVA's mask is causal"
     if config.data.resize == "pad":

@@ -50,7 +50,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.tower = tower
         self.name, self.features, self.pretrained = config.name, config.features, pretrained
-        self.dim, self.num_tokens, self.resolution = facts.dim, facts.num_tokens, facts.resolution
+        self.averaged = len(config.layers) if config.join == "mean" else 1  # layers that one vector is the mean of
+        self.dim, self.num_tokens, self.resolution = facts.dim // self.averaged, facts.num_tokens, facts.resolution
         self.mean, self.std = stats
         for name, values in zip(("pixel_mean", "pixel_std"), stats, strict=True):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -66,7 +67,8 @@ class VisionEncoder(nn.Module):
         """Return features (I,N,D) of normalised images (I,3,H,W); N = 1 when pooled."""
         if len(images) == 0:  # which transformers cannot reshape
             return images.new_zeros(0, self.num_tokens, self.dim)
-        return self.tower(images)  # (I,N,D)
+        features = self.tower(images)  # (I,N,D), or (I,N,layers*D)
+        return features if self.averaged == 1 else features.unflatten(2, (self.averaged, -1)).mean(2)  # (I,N,D)
 
 
 def build_vision(config: VisionConfig, load_weights: bool = True) -> VisionEncoder:

@@ -1,47 +1,113 @@
-"""Tasks on one picture or several: caption it, answer a question about it."""
+"""Tasks on one picture or several, or boxes in them: caption it, answer a question about it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from git_model.batch import IMG_SLOT, Box, Region, Target
 from git_model.errors import UserError
 from git_model.tasks.options import ModelOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from git_model.models.language import Decoding
+    from git_model.tasks.captioner import GitCaptioner
 
 
 def caption_image(
     *,
     image_path: str | list[str],
     prompt: str = "",
-    bbox: list[float] | None = None,
+    bbox: tuple[float, float, float, float] | list[tuple[float, float, float, float] | None] | None = None,
+    history: list[tuple[str, str]] | None = None,
     model: ModelOptions,
     search: SamplingOptions,
 ) -> dict[str, Any]:
-    """Caption a picture, or answer `prompt` about it; several pictures fill the prompt's [IMG] slots."""
+    """Caption a picture or boxes in it, or answer `prompt`, whose [IMG] slots several pictures or boxes fill.
+
+    bbox: two corners x, y, x, y in pixels, -1 = that side of the picture; or one, or null, for each picture.
+    history: earlier questions with their answers; their [IMG] slots come before the prompt's.
+    """
     paths = [image_path] if isinstance(image_path, str) else image_path
     if not paths:
         raise UserError("image_path is an empty list; give one path or several")
-    if bbox is not None:
-        raise UserError("bbox is for region captioning, which this version cannot do yet; leave it null")
+    distinct = list(dict.fromkeys(paths))
+    turns = [f"{question} {answer}" for question, answer in history or ()]
+    targets = asked_about(" ".join([*turns, prompt]), [distinct.index(path) for path in paths], bbox)
     model.check()
-    from git_model.datasets.images import ImageError, read_image
+    from git_model.datasets.images import read_image
     from git_model.tasks.captioner import GitCaptioner
 
-    files = [read_image(path) for path in paths]  # before the model: a wrong path answers at once
+    files = [read_image(path) for path in distinct]  # before the model: a wrong path answers at once
     answers, decoding = search.answers(), search.decoding()
     captioner = model.open()
     if answers:
         decoding = replace(decoding, answers=captioner.trie(answers, bool(prompt)))
-    pictures = []
-    for path, data in zip(paths, files, strict=True):
-        try:
-            pictures.append(captioner.prepare(data))
-        except ImageError as error:
-            raise UserError(f"{path} is no usable picture: {error.reason}") from error
     if isinstance(captioner, GitCaptioner):
-        (text,) = captioner.say([tuple(captioner.encode(pictures))], [prompt], decoding)
+        if bbox is not None and captioner.region_mode == "none":
+            raise UserError(f"bbox: {model.model_path} reads whole pictures only, it was trained without --region")
+        if turns:
+            targets = tuple(
+                captioner.shortened([*turns, prompt], target.regions, decoding.longest) for target in targets
+            )
+        texts = _say(captioner, distinct, files, targets, decoding)
     elif len(paths) > 1:
         raise UserError(f"{model.model_path} is asked about {len(paths)} pictures; a Hugging Face model takes one here")
+    elif history:
+        raise UserError(f"{model.model_path} is given a history; a Hugging Face model answers single questions here")
+    elif bbox is not None:
+        raise UserError(f"{model.model_path} is asked about a box; a Hugging Face model takes whole pictures here")
     else:
-        (text,) = captioner.answer(pictures, [prompt], decoding)
-    return {"image_path": image_path, "prompt": prompt, "text": text}
+        texts = captioner.answer([_decoded(captioner.prepare, paths[0], files[0])], [prompt], decoding)
+    several = isinstance(bbox, list) and len(targets) == len(bbox) and len(paths) == 1
+    said = {"image_path": image_path, "prompt": prompt, "text": texts if several else texts[0]}
+    return said if bbox is None else {**said, "bbox": bbox}
+
+
+def asked_about(prompt: str, pictures: Sequence[int], bbox: Box | Sequence[Box | None] | None) -> tuple[Target, ...]:
+    """Return what is asked: one thing about all pictures, or, of several boxes in a picture, one about each.
+
+    Args:
+        prompt: with a slot for each picture or box, or none.
+        pictures: number of the picture in each place.
+        bbox: of the picture, or of each.
+
+    Raises:
+        UserError: numbers of boxes, pictures and slots that do not agree.
+    """
+    slots = prompt.count(IMG_SLOT)
+    boxes: Sequence[Any] = bbox if isinstance(bbox, list) else [bbox] * (1 if bbox is not None else len(pictures))
+    if not boxes:
+        raise UserError("bbox is an empty list; give one box, one for each picture, or leave it null")
+    if len(pictures) == 1 and len(boxes) > 1:
+        pictures = [pictures[0]] * len(boxes)
+        if slots != len(boxes) and slots <= 1:
+            return tuple(Target(prompt=prompt, regions=(Region(pictures[0], box),)) for box in boxes)
+    if len(boxes) != len(pictures):
+        raise UserError(f"bbox has {len(boxes)} boxes for {len(pictures)} pictures; give one or null for each")
+    if slots and slots != len(pictures):
+        raise UserError(f"the prompt has {slots} {IMG_SLOT} slots for {len(pictures)} images")
+    return (Target(prompt=prompt, regions=tuple(map(Region, pictures, boxes))),)
+
+
+def _say(
+    captioner: GitCaptioner, paths: Sequence[str], files: Sequence[bytes], targets: Sequence[Target], how: Decoding
+) -> list[str]:
+    from git_model.datasets.images import ImageError
+
+    try:
+        return captioner.ask([captioner.see(files, targets)], how)
+    except ImageError as error:
+        for path, data in zip(paths, files, strict=True):
+            _decoded(captioner.prepare, path, data)
+        raise UserError(f"bbox: {error}") from error
+
+
+def _decoded(prepare: Any, path: str, data: bytes) -> Any:
+    from git_model.datasets.images import ImageError
+
+    try:
+        return prepare(data)
+    except ImageError as error:
+        raise UserError(f"{path} is no usable picture: {error.reason}") from error

@@ -6,23 +6,25 @@ Hugging Face model.
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import operator
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from git_model.errors import UserError
+from git_model.tasks.opening import open_checkpoint, pick_device
 
 if TYPE_CHECKING:
+    from git_model.batch import Region, Target
     from git_model.checkpoint import Loaded
-    from git_model.config import Config
+    from git_model.datasets.collate import Loaded as Asked
     from git_model.models.answers import AnswerTrie
     from git_model.models.language import Decoding
     from git_model.models.published import PublishedModel
+
+log = logging.getLogger(__name__)
 
 
 class Captioner(Protocol):
@@ -58,6 +60,7 @@ class GitCaptioner:
         self.model, self.device = loaded.model.to(device), device
         self.prepare = Transform(self.model.vision.resolution, loaded.config.data.resize)
         self.collator = asking(self.model)
+        self.region_mode = loaded.config.region.mode
         self.shares = self.collator.pack  # several prompts of a picture are answered in one row
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
@@ -108,6 +111,90 @@ class GitCaptioner:
         numbers = [target.question_id for row in batch.targets for target in row]
         texts = dict(zip(numbers, said, strict=True))
         return [texts[i] for i in range(len(prompts))]
+
+    def see(self, files: Sequence[bytes], targets: Sequence[Target]) -> Asked:
+        """Return what is asked about pictures, boxes in their frames.
+
+        Args:
+            files: the encoded pictures.
+            targets: what is asked; their regions in pixels.
+
+        Raises:
+            ImageError: a picture, or a box in it, that cannot be used.
+        """
+        from git_model.datasets.collate import Loaded as Asked
+        from git_model.datasets.images import decode_image
+        from git_model.datasets.regions import carried, cut_out, ignored
+
+        if self.region_mode == "crop":
+            images, targets = cut_out(targets, [decode_image(data) for data in files], self.prepare)
+            return Asked("", images, targets)
+        seen = [self.prepare.framed(data) for data in files]
+        given = ignored(targets) if self.region_mode == "ignore" else carried(targets, [frame for _, frame in seen])
+        return Asked("", tuple(image for image, _ in seen), given)
+
+    def shortened(self, turns: Sequence[str], regions: Sequence[Region], new: int) -> Target:
+        """Return what is asked, without as many of the oldest turns as there is no room for, each with its images.
+
+        Args:
+            turns: earlier questions with their answers, then the question.
+            regions: of all slots, in order; where no turn has a slot they stay before whatever is left.
+            new: tokens of the answer.
+
+        Raises:
+            UserError: the question alone is too long.
+        """
+        from git_model.batch import IMG_SLOT, Target
+
+        codec, most, size = self.model.codec, self.model.language.max_positions, self.model.num_image_tokens
+        slots, length, whole = [turn.count(IMG_SLOT) for turn in turns], 0, 0
+        for first in range(len(turns)):
+            kept = regions[sum(slots[:first]) :] if any(slots) else regions
+            prompt = " ".join(turns[first:])
+            length = sum(codec.lengths([part.strip() for part in prompt.split(IMG_SLOT)]))
+            whole = len(codec.bos_ids) + size * len(kept) + length + new
+            if (most is None or whole <= most) and length <= codec.max_prompt:
+                if first:
+                    log.warning("the %d oldest turns are left out: all are longer than the model can hold", first)
+                return Target(prompt=prompt, regions=tuple(kept))
+        raise UserError(f"the prompt has {length} tokens; with images and answer {whole}, more than {most}")
+
+    def encoded(self, asked: Asked) -> Asked:
+        """Return the same with the pictures' features in their place, for what is going to be asked several times."""
+        import torch
+
+        with torch.inference_mode():
+            return replace(asked, images=tuple(self.model.features(torch.stack(asked.images).to(self.device))))
+
+    def scores(self, asked: Asked, texts: Sequence[str]) -> list[float]:
+        """Return the mean log-probability of each target's text, its end included."""
+        from git_model.datasets.collate import Collator
+
+        told = tuple(replace(t, text=text) for t, text in zip(asked.targets, texts, strict=True))
+        reading = {"regions": self.collator.regions, "longest": self.collator.longest}
+        batch = Collator(self.model.codec, self.model.num_image_tokens, **reading)([replace(asked, targets=told)])
+        if batch.skipped:
+            raise UserError(batch.skipped[0].reason)
+        return self.model.log_likelihood(batch.to(self.device)).tolist()
+
+    def ask(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
+        """Return a text for every target, in their order; a picture is encoded once for all that is asked about it.
+
+        Raises:
+            UserError: prompts that do not fit their pictures or the model.
+        """
+        count = sum(len(item.targets) for item in asked)
+        numbers = iter(range(count))
+        numbered = [
+            replace(item, targets=tuple(replace(t, question_id=next(numbers)) for t in item.targets)) for item in asked
+        ]
+        batch = self.collator(numbered)
+        if batch.skipped:
+            raise UserError(batch.skipped[0].reason)
+        said = self.model.generate(batch.to(self.device), decoding)
+        order = [target.question_id for row in batch.targets for target in row]
+        texts = dict(zip(order, said, strict=True))
+        return [texts[number] for number in range(count)]
 
     def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
         """Return the constraint to these answers.
@@ -206,93 +293,3 @@ def is_published(model_path: str) -> bool:
         return True
     looks_like_id = model_path.count("/") <= 1 and path.suffix != ".pt" and not path.is_absolute()
     return looks_like_id and not path.exists() and not path.parent.is_dir()
-
-
-MODEL_FILES = re.compile(r"(config|generation|preprocessor|processor|token|special|vocab|merges|chat|model|pytorch).*")
-
-
-def fingerprint(paths: Sequence[str | Path | None]) -> str:
-    """Return a hash of names, sizes and times of files; of a folder, those of the model in it; of a name, of itself."""
-    digest = hashlib.sha256()
-    for path in paths:
-        root = Path(path or "none")
-        inside = [f for f in sorted(root.iterdir()) if MODEL_FILES.match(f.name)] if root.is_dir() else [root]
-        digest.update(f"{path};".encode())
-        for file in inside:
-            if file.is_file() and ".tsv." not in file.name:
-                status = file.stat()
-                digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
-    return digest.hexdigest()
-
-
-def open_checkpoint(model_path: str, architecture: dict[str, Any], device: str = "cpu") -> Loaded:
-    """Load a checkpoint and hold the caller's architecture keys against what it carries.
-
-    Args:
-        model_path: a checkpoint, or a bare state dict.
-        architecture: the original's five keys; None where not given.
-        device: where it is going: quantised weights are made there.
-
-    Raises:
-        UserError: no such file, no checkpoint, or a key that disagrees with it (names both values).
-    """
-    from git_model.checkpoint import load_checkpoint
-
-    given = {key: value for key, value in architecture.items() if value is not None}
-    loaded = load_checkpoint(model_path, _bare_config(given), device=device)
-    carried = _architecture_of(loaded.config)
-    carried["input_resolution"] = loaded.model.vision.resolution
-    for key, value in given.items():
-        if value != carried[key]:
-            raise UserError(f"{key} is {value!r}, but the checkpoint {model_path} was trained with {carried[key]!r}")
-    return loaded
-
-
-def _architecture_of(config: Config) -> dict[str, Any]:
-    return {
-        "image_encoder_type": config.vision.name,
-        "language_model": config.language.name,
-        "mapping_type": config.mapper.type,
-        "output_grid": config.vision.features == "grid",
-    }
-
-
-def _bare_config(given: dict[str, Any]) -> Config | None:
-    """Return the architecture for a bare state dict, when the caller named it."""
-    from git_model.config import Config
-    from git_model.schema import from_dict
-
-    if not {"image_encoder_type", "language_model", "mapping_type"} <= given.keys():
-        return None
-    vision = {
-        "name": given["image_encoder_type"],
-        "features": "grid" if given.get("output_grid") else "pooled",
-        "resolution": given.get("input_resolution"),
-    }
-    parts = {"mapper": {"type": given["mapping_type"]}, "language": {"name": given["language_model"]}}
-    return from_dict(Config, {"vision": vision, **parts})
-
-
-def pick_device(name: str) -> str:
-    """Return the device to run on; 'auto' is this process's GPU where there is one.
-
-    Raises:
-        UserError: a device this machine does not have.
-    """
-    import torch
-
-    from git_model.hardware import check_card
-
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return "cpu"
-        # torchrun's, or srun's; where each task sees one GPU only, that is number 0
-        own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        name = f"cuda:{int(own) % torch.cuda.device_count()}"
-    try:
-        if name.startswith("cuda"):
-            check_card(name)
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here; one of: auto, cpu, cuda, cuda:0, ...") from error
-    return name

@@ -21,11 +21,12 @@ def make_shapes(
     test: Annotated[int, Range(1, 1_000_000)] = 400,
     side: Annotated[int, Range(32, 512)] = 48,
     seed: Annotated[int, Range(0, 2**31)] = 0,
+    things: tuple[Annotated[int, Range(1, 4)], Annotated[int, Range(1, 4)]] = (1, 3),
 ) -> dict[str, int]:
     """Draw the embedded data set as GIT TSVs; `test` holds attribute pairs that `train` never shows."""
     from git_model.datasets.shapes import write_shapes
 
-    return write_shapes(Path(out_dir), train=train, val=val, test=test, side=side, seed=seed)
+    return write_shapes(Path(out_dir), train=train, val=val, test=test, side=side, seed=seed, things=things)
 
 
 def prepare_coco(

@@ -57,7 +57,7 @@ def evaluate(
     from git_model.datasets.files import write_all
     from git_model.datasets.sources import build_source
     from git_model.models.language import Decoding
-    from git_model.tasks.captioner import pick_device
+    from git_model.tasks.opening import pick_device
     from git_model.tasks.report import write_report
     from git_model.training import SampleLedger, asking
     from git_model.validation import eval_batches, eval_data, predict, scores

@@ -39,7 +39,7 @@ def encode_features(
 
     from git_model.encoding import encode_once, open_store
     from git_model.models.vision import build_vision
-    from git_model.tasks.captioner import pick_device
+    from git_model.tasks.opening import pick_device
     from git_model.training import training_data
     from git_model.validation import eval_data
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from git_model.tasks.captioner import GitCaptioner, PublishedCaptioner
     from git_model.tasks.journal import Done, Journal
 
+    Answer = Callable[[list[AskRow]], dict[int, Done]]
+
 
 def caption_tsv(
     *,
@@ -43,33 +45,79 @@ def caption_tsv(
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.datasets.asking import AskRows
     from git_model.datasets.files import refuse_overwriting
-    from git_model.tasks import journal
-    from git_model.tasks.captioner import fingerprint
+    from git_model.tasks.opening import fingerprint
 
-    out, (rank, world), started = Path(out_tsv), share.place(), time.time()
-    if out.suffix != ".tsv":
-        raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
-    for path in filter(None, (image_tsv, question_tsv)):
-        if not Path(path).is_file():
-            raise UserError(f"no TSV file '{path}'")
+    check_files(out_tsv, image_tsv, question_tsv)
     model.check()
     refuse_overwriting(out_tsv, image_tsv, question_tsv, model.model_path, search.answer_list)
     answers, decoding = search.answers(), search.decoding()
     settings = [prompt, answers, asdict(search), asdict(replace(model, device=""))]
     files = fingerprint([model.model_path, image_tsv, question_tsv])
     job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+
+    def start() -> tuple[AskRows, Answer, int]:
+        captioner = model.open()
+        how = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt))) if answers else decoding
+        rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
+        asked = rows.questions is not None
+        held = captioner.batches * batch_size
+        return rows, lambda chunk: _answered(captioner, chunk, how, batch_size, asked=asked), held
+
+    return batch_run(out_tsv, job, start, share, columns=1 if question_tsv else 2, workers=workers, max_bad=max_bad)
+
+
+def check_files(out_tsv: str, *inputs: str | None) -> None:
+    """Say at once what is wrong with the names of a batch task's files.
+
+    Raises:
+        UserError: an output that is no .tsv, an input that is not there.
+    """
+    if Path(out_tsv).suffix != ".tsv":
+        raise UserError(f"out_tsv is '{out_tsv}'; its name must end in .tsv")
+    for path in filter(None, inputs):
+        if not Path(path).is_file():
+            raise UserError(f"no TSV file '{path}'")
+
+
+def batch_run(
+    out_tsv: str,
+    job: str,
+    start: Callable[[], tuple[AskRows, Answer, int]],
+    share: PartOptions,
+    *,
+    columns: int,
+    workers: int,
+    max_bad: float,
+) -> dict[str, Any] | None:
+    """Answer the rows of a TSV that no run before has answered, on as many processes as there are; join, report, judge.
+
+    Args:
+        out_tsv: what is written.
+        job: the identity of model, inputs and settings.
+        start: loads the model; returns the rows, what answers some of them, and how many are held at a time.
+        share: which rows are this process's.
+        columns: of the output; a row of captions has 2, a row of answers 1 for each question.
+        workers: processes that decode pictures.
+        max_bad: share of the rows that may fail.
+
+    Returns:
+        the report; None where another process gives it.
+
+    Raises:
+        UserError: too many rows failed (exit code 3; the output is there), or the GPU's memory is full.
+    """
+    from git_model.tasks import journal
+
+    out, (rank, world), started = Path(out_tsv), share.place(), time.time()
     if finished := _finished(out, job):
         return _judged(finished, max_bad) if share.parts or rank == 0 else None
     if rank == 0 and out.exists():
         log.warning("%s holds another job's texts; they are replaced when this one is through", out)
-    captioner = model.open()
-    if answers:
-        decoding = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt)))
-    rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
+    rows, answer, held = start()
     out.parent.mkdir(parents=True, exist_ok=True)
     done = journal.Journal(out, job, rank, world, len(rows))
-    _answer_all(captioner, rows, done, decoding, batch_size, workers)
-    counts = journal.finish_rank(out, done, rank, world, columns=1 if question_tsv else 2)
+    _answer_all(rows, answer, done, held, workers)
+    counts = journal.finish_rank(out, done, rank, world, columns)
     if share.parts:  # merge_tsv_parts joins and judges
         return {"out_tsv": out_tsv, "part": rank, "parts": world, **counts}
     if rank > 0:
@@ -108,26 +156,19 @@ def _closed(out_tsv: str, counts: dict[str, Any], max_bad: float) -> dict[str, A
     return _judged(report, max_bad)
 
 
-def _answer_all(
-    captioner: GitCaptioner | PublishedCaptioner,
-    rows: AskRows,
-    done: Journal,
-    decoding: Decoding,
-    batch_size: int,
-    workers: int,
-) -> None:
-    """Answer the rows that the journal lacks, and note them there some batches at a time."""
+def _answer_all(rows: AskRows, answer: Answer, done: Journal, size: int, workers: int) -> None:
+    """Answer the rows that the journal lacks, and note them there some at a time."""
     import torch
     from tqdm import tqdm
 
     left, total = done.left(), len(done.rows)
     quiet = rank_and_world()[0] > 0
     with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=quiet) as bar:
-        for chunk in _chunks(rows, left, workers, captioner.batches * batch_size):
+        for chunk in _chunks(rows, left, workers, size):
             try:
-                done.add(_answered(captioner, chunk, decoding, batch_size, asked=rows.questions is not None))
+                done.add(answer(chunk))
             except torch.OutOfMemoryError as error:
-                told = f"the GPU's memory is full: lower batch_size {batch_size}; what is done so far is kept"
+                told = "the GPU's memory is full: lower batch_size; what is done so far is kept"
                 raise UserError(told) from error
             bar.update(len(chunk))
     done.close()

@@ -1,0 +1,198 @@
+"""Dense captions: a text for every box of a picture, given or proposed, with how sure the model is of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from git_model.batch import Region, Target
+from git_model.errors import UserError
+from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
+from git_model.tasks.params import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from git_model.models.language import Decoding
+    from git_model.models.proposals import RegionProposer
+    from git_model.tasks.captioner import GitCaptioner
+
+FourNumbers = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A box in pixels of the upright picture, its text, and the mean log-probability of the text's tokens."""
+
+    box: FourNumbers
+    text: str
+    score: float
+
+
+def dense_caption(
+    *,
+    image_path: str,
+    boxes: list[FourNumbers] | None = None,
+    proposals: Literal["grid", "graph", "sam"] = "grid",
+    sam_model: str = "facebook/sam-vit-base",
+    top_k: Annotated[int, Range(1, 10000)] = 16,
+    overlap: Annotated[float, Range(0, 1)] = 0.5,
+    prompt: str = "",
+    out_image: str | None = None,
+    batch_size: Annotated[int, Range(1, 4096)] = 32,
+    model: ModelOptions,
+    search: SearchOptions,
+) -> dict[str, Any]:
+    """Caption every given box of a picture, or the `top_k` of those proposed of whose captions the model is surest."""
+    model.check()
+    from git_model.datasets.images import ImageError, decode_image, read_image
+    from git_model.models.proposals import RegionProposer
+    from git_model.tasks.picture import annotated, check_name, save_picture
+
+    if out_image is not None:
+        check_name(out_image)
+    data = read_image(image_path)
+    try:
+        picture = decode_image(data)
+    except ImageError as error:
+        raise UserError(f"{image_path} is no usable picture: {error.reason}") from error
+    captioner = _region_reader(model)
+    wanted = boxes or _proposed(RegionProposer(proposals, sam_model, captioner.device), data)
+    found = describe(captioner, data, wanted, search.decoding(), prompt, batch_size)
+    if not boxes:
+        found = best(found, top_k, overlap)
+    if out_image is not None:
+        save_picture(annotated(picture, [(said.box, said.text) for said in found]), out_image)
+    return {"image_path": image_path, "regions": [vars(said) for said in found]}
+
+
+def describe(
+    captioner: GitCaptioner,
+    data: bytes,
+    boxes: Sequence[FourNumbers],
+    decoding: Decoding,
+    prompt: str = "",
+    batch_size: int = 32,
+) -> list[Said]:
+    """Return a text with its score for each box, in their order; the picture is encoded once.
+
+    Args:
+        captioner: trained with --region.
+        data: the encoded picture.
+        boxes: in pixels.
+        decoding: how.
+        prompt: asked about every box.
+        batch_size: boxes decoded together.
+
+    Raises:
+        UserError: a box that is none, or a model that reads whole pictures only.
+    """
+    from git_model.datasets.images import ImageError
+
+    targets = [Target(prompt=prompt, regions=(Region(0, box),)) for box in boxes]
+    try:
+        seen = captioner.encoded(captioner.see([data], targets))
+    except ImageError as error:
+        raise UserError(f"boxes: {error}") from error
+    found: list[Said] = []
+    for start in range(0, len(boxes), batch_size):
+        some = slice(start, start + batch_size)
+        asked = replace(seen, targets=seen.targets[some])
+        texts = captioner.ask([asked], decoding)
+        scores = captioner.scores(asked, texts)
+        found += [Said(*told) for told in zip(boxes[some], texts, scores, strict=True)]
+    return found
+
+
+def best(found: Sequence[Said], top_k: int, overlap: float) -> list[Said]:
+    """Return the surest ones, best first, without those that a surer one overlaps."""
+    from git_model.models.proposals import suppressed
+
+    kept = suppressed([said.box for said in found], [said.score for said in found], overlap)
+    return [found[i] for i in kept[:top_k]]
+
+
+def dense_caption_tsv(
+    *,
+    image_tsv: str,
+    out_tsv: str,
+    proposals: Literal["grid", "graph", "sam"] = "grid",
+    sam_model: str = "facebook/sam-vit-base",
+    top_k: Annotated[int, Range(1, 10000)] = 16,
+    overlap: Annotated[float, Range(0, 1)] = 0.5,
+    prompt: str = "",
+    model: ModelOptions,
+    search: SearchOptions,
+    share: PartOptions,
+    batch_size: Annotated[int, Range(1, 4096)] = 32,
+    workers: Annotated[int, Range(0, 256)] = 2,
+    max_bad: Annotated[float, Range(0, 1)] = 0.01,
+) -> dict[str, Any] | None:
+    """Caption proposed boxes of every picture of an image TSV; killed, it goes on; torchrun or parts share it."""
+    from git_model.tasks.tsv import batch_run, check_files
+
+    check_files(out_tsv, image_tsv)
+    model.check()
+    from git_model.datasets.asking import AskRow, AskRows
+    from git_model.datasets.files import refuse_overwriting
+    from git_model.models.proposals import RegionProposer
+    from git_model.tasks.journal import Done
+    from git_model.tasks.opening import fingerprint
+
+    refuse_overwriting(out_tsv, image_tsv, model.model_path)
+    settings = [proposals, sam_model, top_k, overlap, prompt, asdict(search), asdict(replace(model, device=""))]
+    files = fingerprint([model.model_path, image_tsv])
+    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+    decoding = search.decoding()
+
+    def start() -> tuple[AskRows, Any, int]:
+        captioner = _region_reader(model)
+        proposer = RegionProposer(proposals, sam_model, captioner.device)
+
+        def answer(rows: list[AskRow]) -> dict[int, Done]:
+            return {row.row: one(row) for row in rows}
+
+        def one(row: AskRow) -> Done:
+            if row.error:
+                return Done((row.key, "[]"), row.error, row.detail)
+            found = describe(captioner, row.picture, _proposed(proposer, row.picture), decoding, prompt, batch_size)
+            return Done(_row(row.key, best(found, top_k, overlap)))
+
+        return AskRows(Path(image_tsv), None, checked_file), answer, 1
+
+    return batch_run(out_tsv, job, start, share, columns=2, workers=workers, max_bad=max_bad)
+
+
+def checked_file(data: bytes) -> bytes:
+    """Return an encoded picture that can be decoded; raises ImageError."""
+    from git_model.datasets.images import decode_image
+
+    decode_image(data)
+    return data
+
+
+def _proposed(proposer: RegionProposer, data: bytes) -> list[FourNumbers]:
+    """Return the whole of a picture and what a proposer finds in it."""
+    from git_model.datasets.images import decode_image
+
+    picture = decode_image(data)
+    return [(0.0, 0.0, float(picture.width), float(picture.height)), *proposer(picture)]
+
+
+def _region_reader(model: ModelOptions) -> GitCaptioner:
+    from git_model.tasks.captioner import GitCaptioner
+
+    captioner = model.open()
+    if not isinstance(captioner, GitCaptioner) or captioner.region_mode == "none":
+        raise UserError(f"{model.model_path} reads whole pictures only; dense captions need one trained with --region")
+    return captioner
+
+
+def _row(key: str, found: Sequence[Said]) -> tuple[str, str]:
+    """Return a row of a region TSV: key, JSON of texts, boxes (`rect`) and scores (`conf`)."""
+    from git_model.datasets.records import json_cell
+
+    return key, json_cell([{"caption": s.text, "rect": list(s.box), "conf": round(s.score, 6)} for s in found])

@@ -1,0 +1,58 @@
+"""Pictures that are written: boxes with their texts drawn in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from git_model.datasets.files import write_all
+from git_model.errors import UserError, one_of
+
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def annotated(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Image.Image:
+    """Return a copy of a picture with boxes drawn, each with its text in its top left corner.
+
+    Args:
+        picture: RGB.
+        boxes: left, top, right, bottom in pixels, and a text; "" = none.
+    """
+    drawn = picture.convert("RGB").copy()
+    pen = ImageDraw.Draw(drawn)
+    thick = max(1, (picture.width + picture.height) // 224)
+    font = ImageFont.load_default(max(10, min(picture.size) // 30))
+    for number, ((left, top, right, bottom), text) in enumerate(boxes):
+        colour = COLOURS[number % len(COLOURS)]
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=thick)
+        if text:
+            x, y = left + thick, top + thick
+            pen.rectangle(pen.textbbox((x, y), text, font=font), fill=colour)
+            pen.text((x, y), text, fill="white", font=font)
+    return drawn
+
+
+def check_name(path: str) -> Path:
+    """Return the path of a picture that can be written.
+
+    Raises:
+        UserError: an ending that is no picture's, or a folder that is not there.
+    """
+    where = Path(path)
+    if where.suffix.lower() not in FORMATS:
+        raise one_of("ending of a picture's name", where.suffix, FORMATS)
+    if not where.parent.is_dir():
+        raise UserError(f"no folder {where.parent} for {where.name}")
+    return where
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    """Write a picture, whole or not at all; the name's ending says the format. Raises as `check_name` does."""
+    where = check_name(path)
+    file = io.BytesIO()
+    picture.save(file, FORMATS[where.suffix.lower()], quality=92)
+    write_all([(where, [file.getvalue()])])
