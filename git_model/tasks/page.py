@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from gradio.data_classes import Base64ImageData
+from PIL import Image
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,9 +32,10 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'"
 )
 CSS = """
-.gradio-container { max-width: 56rem !important; overflow-wrap: anywhere; }
-#picture img { cursor: crosshair; }
-#message textarea, #answer textarea, #dialogue textarea { overflow-wrap: anywhere; }
+.gradio-container { max-width: 56rem !important; margin: 0 auto !important; overflow-wrap: anywhere; }
+#picture img { cursor: crosshair; max-height: 75vh; }
+#examples .grid-wrap { min-height: 0 !important; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 """
 HELP = "Click at a corner of a box in the picture, then at the opposite one."
 NO_BOXES = "This model was trained without boxes (--region): it tells of whole pictures, clicks are off."
@@ -84,14 +90,15 @@ class Page:
         self.upload = gr.UploadButton(
             "Upload a picture", file_types=["image"], file_count="multiple", type="binary", elem_id="upload"
         )
+        self.message = gr.Textbox(Session().message, label="Message", interactive=False, elem_id="message")
         self.gallery = gr.Gallery(
-            [example.small for example in self.examples], label="Examples", visible=bool(self.examples),
-            columns=4, height=140, allow_preview=False, buttons=[], interactive=False, elem_id="examples",
+            [example.shown for example in self.examples], label="Examples", visible=bool(self.examples),
+            columns=4, fit_columns=False, height="auto", object_fit="contain", allow_preview=False, buttons=[],
+            interactive=False, elem_id="examples",
         )  # fmt: skip
         self.picker = gr.Radio([], label="Picture", visible=False, elem_id="picker", type="index")
-        self.picture = gr.Image(
-            label="Picture", interactive=False, format="png", type="pil", buttons=[], elem_id="picture"
-        )
+        self.picture = gr.Image(label="Picture", interactive=False, buttons=[], elem_id="picture")
+        self.picture.postprocess = inline  # type: ignore[method-assign] # a class of its own would be written a .pyi
         with gr.Row():
             names = ("left", "top", "right", "bottom")
             self.corners = [
@@ -103,7 +110,6 @@ class Page:
         self.question = gr.Textbox(
             label="Question (Enter asks)", max_length=MAX_PROMPT, visible=False, elem_id="question"
         )
-        self.message = gr.Textbox(Session().message, label="Message", interactive=False, elem_id="message")
         self.answer = gr.Textbox(label="Answer", lines=2, interactive=False, buttons=["copy"], elem_id="answer")
         self.restart = gr.Button("Restart", elem_id="restart")
         with gr.Accordion("Settings", open=False):
@@ -176,8 +182,6 @@ class Page:
 
     def _tried(self, session: Session, change: Callable[[], Session]) -> list[Any]:
         """Return what the page shows after a change; after a failed one, all as it was and a message."""
-        from dataclasses import replace
-
         try:
             session = change()
         except (UserError, ImageError) as error:
@@ -208,6 +212,15 @@ class Page:
             session.record,
             gr.update(label="Upload more" if asking and session.pictures else "Upload a picture"),
         ]
+
+
+def inline(picture: Image.Image | None) -> Base64ImageData | None:
+    """Return a picture as part of the page's data: no file of it lies on the server, and no address leads to it."""
+    if picture is None:
+        return None
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return Base64ImageData(url=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
 
 
 def _told(session: Session) -> str:

@@ -14,7 +14,7 @@ from git_model.tasks.picture import annotated
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture's file
 MAX_PICTURES = 6  # of one question
-SHOWN_SIDE = 1024  # pixels; what the browser gets of a larger picture
+SHOWN_SIDES = (400, 1024)  # pixels; the browser gets smaller pictures enlarged, to aim at, and larger ones reduced
 FREE = (-1.0, -1.0, -1.0, -1.0)  # all sides of the picture
 MODES = ("Describe", "Question")
 Mode = Literal["Describe", "Question"]
@@ -27,13 +27,13 @@ class Picture:
     Args:
         data: its file.
         size: width and height in pixels, upright.
-        small: what is shown of it.
+        shown: the same, smaller or larger.
         corners: two corners in pixels, -1 = that side of the picture.
     """
 
     data: bytes
     size: tuple[int, int]
-    small: Image.Image
+    shown: Image.Image
     corners: Box = FREE
 
     @property
@@ -45,15 +45,15 @@ class Picture:
 
     def drawn(self, corner: tuple[int, int] | None) -> Image.Image:
         """Return the shown picture with its box, or with a mark where the first corner is."""
-        scale = self.small.width / self.size[0]
+        scale = self.shown.width / self.size[0]
         if corner is not None:
             x, y = (value * scale for value in corner)
-            reach = max(self.small.size) // 100 + 2
+            reach = max(self.shown.size) // 100 + 2
             near = (max(x - reach, 0), max(y - reach, 0))
-            far = (min(x + reach, self.small.width), min(y + reach, self.small.height))
-            return annotated(self.small, [((*near, *far), "")])
+            far = (min(x + reach, self.shown.width), min(y + reach, self.shown.height))
+            return annotated(self.shown, [((*near, *far), "")])
         box = self.box
-        return self.small if box is None else annotated(self.small, [([value * scale for value in box], "")])
+        return self.shown if box is None else annotated(self.shown, [([value * scale for value in box], "")])
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Session:
             UserError: no picture, or both corners in one place.
         """
         picture = self.needed()
-        spot = (round(x * picture.size[0] / picture.small.width), round(y * picture.size[1] / picture.small.height))
+        spot = (round(x * picture.size[0] / picture.shown.width), round(y * picture.size[1] / picture.shown.height))
         if self.corner is None:
             said = f"First corner: {spot[0]}, {spot[1]}. Click at the opposite corner."
             return replace(self._with(FREE), corner=spot, answer="", record="", message=said, due=False)
@@ -179,6 +179,8 @@ def opened(data: bytes) -> Picture:
         picture = decode_image(data)
     except ImageError as error:
         raise UserError(f"this is no usable picture: {error.reason}") from error
-    small = picture.copy()
-    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return Picture(data, picture.size, small)
+    least, most = SHOWN_SIDES
+    longest = max(picture.size)
+    scale = most / longest if longest > most else -(-least // longest)
+    shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    return Picture(data, picture.size, shown)
