@@ -210,7 +210,7 @@ class Page:
             session.message,
             session.answer,
             session.record,
-            gr.update(label="Upload more" if asking and session.pictures else "Upload a picture"),
+            gr.update(label="Upload more" if asking and session.pictures else "Upload a picture", value=None),
         ]
 
 
