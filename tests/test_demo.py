@@ -142,9 +142,9 @@ class Visitor:
         self.click(*box[:2])
         self.says("message", "First corner")
         self.click(*box[2:])
-        self.says("bottom", f"^{box[3]}$")
-        self.says("record", "text")
-        return self.record()
+        told = self.record()  # the first click has emptied it
+        assert np.abs(np.array(told["boxes"][0]) - box).max() <= 1, "browsers round"
+        return told
 
     def record(self) -> dict[str, Any]:
         return json.loads(self.says("record", "."))
@@ -177,8 +177,7 @@ def test_two_clicks_describe_a_box(visit: Callable[..., Visitor], model: str, ph
     visitor.says("message", "click at two corners")
     plain = np.asarray(visitor.shown()).astype(int)
     told = visitor.box(BOXES[0])
-    assert told["boxes"] == [BOXES[0]]
-    assert told["text"] == say(model, photo, bbox=BOXES[0])
+    assert told["text"] == say(model, photo, bbox=told["boxes"][0])
     assert visitor.says("answer").split() == told["text"].split(), "a text field changes line ends only"
     assert told["model"] == "model.pt"
     assert told["settings"] == {"beams": 1, "sample": False, "max_new_tokens": NEW}
@@ -187,8 +186,8 @@ def test_two_clicks_describe_a_box(visit: Callable[..., Visitor], model: str, ph
     assert scale == 5, "small pictures are enlarged, to aim at"
     rows, columns = np.nonzero((drawn != plain).any(axis=2))
     corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / scale
-    assert np.abs(corners - BOXES[0]).max() * scale <= 2
-    left, top, right, bottom = (int(value * scale) for value in BOXES[0])
+    assert np.abs(corners - told["boxes"][0]).max() * scale <= 2
+    left, top, right, bottom = (int(value * scale) for value in told["boxes"][0])
     colour = np.array([int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
     for edge in (drawn[top, left:right], drawn[bottom - 1, left:right], drawn[top:bottom, left]):
         assert (edge == colour).all()
@@ -196,7 +195,7 @@ def test_two_clicks_describe_a_box(visit: Callable[..., Visitor], model: str, ph
         drawn[top + 9 : bottom - 9, left + 9 : right - 9] == plain[top + 9 : bottom - 9, left + 9 : right - 9]
     ).all()
     other = visitor.box(BOXES[1])
-    assert other["text"] == say(model, photo, bbox=BOXES[1]), "the next click starts anew"
+    assert other["text"] == say(model, photo, bbox=other["boxes"][0]), "the next click starts anew"
 
 
 def test_whole_pictures_typed_corners_and_examples(visit: Callable[..., Visitor], model: str, photo: str) -> None:
@@ -234,22 +233,23 @@ def test_a_dialogue_about_several_pictures(
     visitor.click(*BOXES[0][:2])
     visitor.says("message", "First corner")
     visitor.click(*BOXES[0][2:])
-    visitor.says("bottom", "^40$")
+    visitor.says("bottom", "^(39|40|41)$")
     visitor.upload(second)
     visitor.says("message", "Ask about the 2 pictures")
     question.fill("which?")
     question.press("Enter")
     first = visitor.record()
     assert first["prompt"] == "[IMG] [IMG] which?"
-    assert first["boxes"] == [BOXES[0], None]
-    said = say(model, [photo, second], bbox=[BOXES[0], None], prompt="[IMG] [IMG] which?")
+    assert np.abs(np.array(first["boxes"][0]) - BOXES[0]).max() <= 1
+    assert first["boxes"][1] is None
+    said = say(model, [photo, second], bbox=first["boxes"], prompt="[IMG] [IMG] which?")
     assert first["text"] == said
     assert visitor.says("question") == ""
     question.fill("and now?")
     question.press("Enter")
     visitor.says("record", "and now")
     history = [["[IMG] [IMG] which?", said]]
-    again = say(model, [photo, second], bbox=[BOXES[0], None], history=history, prompt="and now?")
+    again = say(model, [photo, second], bbox=first["boxes"], history=history, prompt="and now?")
     assert visitor.record()["text"] == again
     told = visitor.says("dialogue")
     assert told.count("Question: ") == 2
@@ -270,7 +270,8 @@ def test_bad_uploads_leave_the_page_usable(visit: Callable[..., Visitor], model:
     assert "10" in toast.inner_text()
     visitor.upload(photo)
     visitor.says("message", "click at two corners")
-    assert visitor.box(BOXES[2])["text"] == say(model, photo, bbox=BOXES[2])
+    told = visitor.box(BOXES[2])
+    assert told["text"] == say(model, photo, bbox=told["boxes"][0])
 
 
 def test_the_server_itself_refuses(address: str, model: str) -> None:
@@ -312,8 +313,8 @@ def test_two_visitors_at_once(visit: Callable[..., Visitor], model: str, photo: 
         for visitor in (one, two):
             visitor.click(*box[2:])
         for visitor, path in ((one, photo), (two, second)):
-            visitor.says("right", f"^{box[2]}$")
-            assert visitor.record()["text"] == say(model, path, bbox=box)
+            told = visitor.record()
+            assert told["text"] == say(model, path, bbox=told["boxes"][0])
     stranger = visit()
     assert stranger.says("answer") == ""
     assert stranger.page.locator("#picture img").count() == 0
@@ -323,8 +324,7 @@ def test_a_telephone(visit: Callable[..., Visitor], photo: str) -> None:
     visitor = visit(viewport={"width": 375, "height": 700}, is_mobile=True, has_touch=True)
     visitor.upload(photo)
     visitor.says("message", "click at two corners")
-    told = visitor.box(BOXES[1])
-    assert np.abs(np.array(told["boxes"][0]) - BOXES[1]).max() <= 1
+    visitor.box(BOXES[1])
     for mode in ("Describe", "Question"):
         visitor.page.get_by_label(mode, exact=True).check()
         visitor.page.wait_for_timeout(300)
