@@ -3,8 +3,8 @@
     python -m benchmarks.region_gates --seeds 0 1 2 --modes roi ignore query pair
 
 For each run: exact captions of boxes; of scenes with several things the share of right answers about another box, and
-of answers that belong to the wrong one. 'pair' goes on from roi with questions about two pictures: right answers about the
-first, about the second, with the pictures swapped, and answers that belong to the other picture.
+of answers that belong to the wrong one. 'pair' goes on from roi with questions about two pictures: right answers
+about the first, about the second, with the pictures swapped, and answers that belong to the other picture.
 """
 
 from __future__ import annotations
