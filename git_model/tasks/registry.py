@@ -11,6 +11,7 @@ from typing import Any
 from git_model.errors import UserError, nearest
 from git_model.tasks.caption import caption_image
 from git_model.tasks.data import make_shapes, prepare_coco, prepare_tsv, prepare_vqa
+from git_model.tasks.demo import demo
 from git_model.tasks.dense import dense_caption, dense_caption_tsv
 from git_model.tasks.evaluate import evaluate
 from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_coco_format, convert_tsv_to_vqa_json
@@ -43,6 +44,7 @@ TASKS: dict[str, Task] = {
     "encode_features": encode_features,
     "dense_caption": dense_caption,
     "dense_caption_tsv": dense_caption_tsv,
+    "demo": demo,
 }
 
 

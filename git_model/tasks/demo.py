@@ -1,0 +1,100 @@
+"""The task that shows a model as a web page, on this machine only unless asked otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from typing import TYPE_CHECKING, Annotated, Any
+
+from git_model.errors import UserError
+from git_model.tasks.options import ModelOptions
+from git_model.tasks.params import Range
+
+if TYPE_CHECKING:
+    from git_model.tasks.page import Page
+
+log = logging.getLogger(__name__)
+
+
+def demo(
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Range(0, 65535)] = 7860,
+    share: bool = False,
+    examples: list[str] | None = None,
+    max_waiting: Annotated[int, Range(1, 1000)] = 20,
+    max_beams: Annotated[int, Range(1, 5)] = 5,
+    max_new_tokens: Annotated[int, Range(1, 100)] = 100,
+    model: ModelOptions,
+) -> dict[str, Any]:
+    """Show a model as a web page until Ctrl-C: click at a box to have it described, or ask about pictures.
+
+    host: whom the page listens to; the default is this machine alone, 0.0.0.0 everybody who reaches it.
+    port: 0 = any that is free.
+    share: also open a public tunnel, through Gradio's servers.
+    examples: pictures to begin with.
+    max_waiting: requests that may wait; one is answered at a time.
+    max_beams, max_new_tokens: the most a visitor may ask for.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs Gradio: pip install 'generative-image-to-text[demo]'")
+    model.check()
+    from git_model.datasets.images import read_image
+    from git_model.tasks.session import opened
+
+    pictures = []
+    for path in examples or ():
+        try:
+            pictures.append(opened(read_image(path)))
+        except UserError as error:
+            raise UserError(f"examples: {path}: {error}") from error
+    port = free_port(host, port)
+    with tempfile.TemporaryDirectory(prefix="captioner-page-") as folder:
+        # read by Gradio while it is imported, or a component made
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        from git_model.tasks.page import Page
+        from git_model.tasks.speaker import Speaker
+
+        page = Page(Speaker(model.open(), model.model_path), pictures, max_beams, max_new_tokens)
+        url = page.launch(host, port, share, max_waiting)
+        log.info("the page is at %s; Ctrl-C ends it", url)
+        _wait(page)
+    return {"url": url}
+
+
+def free_port(host: str, port: int) -> int:
+    """Return a port that can be listened on.
+
+    Args:
+        host: name or address of this machine.
+        port: the wanted one, 0 = any.
+
+    Raises:
+        UserError: taken, not allowed, or no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            return tried.getsockname()[1]
+    except OSError as error:
+        raise UserError(f"cannot listen on host '{host}', port {port}: {error.strerror}; port 0 takes any") from error
+
+
+def _wait(page: Page) -> None:
+    """Return once the process is asked to stop; what waits for an answer is dropped."""
+    done = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: done.set())
+    try:
+        while not done.wait(0.5):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close()

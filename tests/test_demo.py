@@ -1,0 +1,481 @@
+"""The web page, in a real browser, with a real server and a small real model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_dense import BOXES, SIZE, checkpoint, saved_png
+from tiny import byte_tokenizer, config
+
+from git_model.batch import Region, Target
+from git_model.checkpoint import save_checkpoint
+from git_model.datasets.collate import Collator, Loaded
+from git_model.datasets.images import Transform
+from git_model.errors import UserError
+from git_model.models.build import build_model
+from git_model.tasks.picture import COLOURS
+from git_model.tasks.registry import run
+from git_model.tasks.session import MAX_PICTURES, Session
+from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
+
+pytest.importorskip("gradio", reason="the page's extra is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="no driver of a browser")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+HTML = "<img src=x onerror=hit()>"
+ASKED = "is <b id=bold>${1+1}</b> it?"
+NEW = 6  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("secret_place"), "roi")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_png(tmp_path_factory.mktemp("photos") / "a.png")
+
+
+@pytest.fixture(scope="module")
+def address(model: str, photo: str) -> Iterator[str]:
+    """A server, started as a user does."""
+    params = {"type": "demo", "model_path": model, "port": 0, "max_new_tokens": NEW, "examples": [photo]}
+    command = [sys.executable, "inference.py", "-p", json.dumps(params)]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stdout is not None
+    lines: list[str] = []
+    found = None
+    for line in process.stderr:
+        lines.append(line.decode())
+        if found := re.search(r"the page is at (http://127\.0\.0\.1:\d+)/", lines[-1]):
+            break
+    assert found, "".join(lines)
+    reader = threading.Thread(target=lambda: lines.extend(line.decode() for line in process.stderr))  # type: ignore[union-attr]
+    reader.start()
+    yield found[1]
+    process.terminate()
+    assert process.wait(20) == 0, "".join(lines)
+    assert json.loads(process.stdout.read())["url"].startswith(found[1])
+    reader.join(10)
+    assert "Traceback" not in "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """Somebody at the page; what it asks of other machines, and what breaks in it, is kept."""
+
+    def __init__(self, browser: Any, address: str, **screen: Any) -> None:
+        self.context = browser.new_context(**screen)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(8_000)
+        self.foreign: list[str] = []
+        self.broken: list[str] = []
+        self.page.on("request", lambda request: self._note(request.url, address))
+        self.page.on("pageerror", lambda error: self.broken.append(str(error)))
+        self.page.goto(address)
+        self.page.wait_for_selector("#upload")
+        self.page.get_by_role("button", name="Answer as JSON").click()
+
+    def _note(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:", "blob:")):
+            self.foreign.append(url)
+
+    def upload(self, *files: Any) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#upload").click()
+        chooser.value.set_files(list(files))
+
+    def says(self, name: str, wanted: str = "") -> str:
+        """Return a text field's content, once it matches."""
+        field = self.page.locator(f"#{name} textarea, #{name} input").first
+        if wanted:
+            playwright.expect(field).to_have_value(re.compile(wanted, re.DOTALL), timeout=8_000)
+        return field.input_value()
+
+    def shown(self) -> Image.Image:
+        source = self.page.locator("#picture img").get_attribute("src")
+        assert source.startswith("data:image/png;base64,")
+        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
+
+    def click(self, x: float, y: float) -> None:
+        """Click at a point of the original picture, wherever the browser shows it."""
+        picture = self.page.locator("#picture img")
+        place = picture.bounding_box()
+        picture.click(position={"x": x * place["width"] / SIZE[0], "y": y * place["height"] / SIZE[1]})
+
+    def box(self, box: list[int]) -> dict[str, Any]:
+        """Click at a box and return what is told of the answer."""
+        self.click(*box[:2])
+        self.says("message", "First corner")
+        self.click(*box[2:])
+        told = self.record()  # the first click has emptied it
+        assert np.abs(np.array(told["boxes"][0]) - box).max() <= 1, "browsers round"
+        return told
+
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.says("record", "."))
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Callable[..., Visitor]]:
+    visitors: list[Visitor] = []
+
+    def come(where: str = address, **screen: Any) -> Visitor:
+        visitors.append(Visitor(browser, where, **screen))
+        return visitors[-1]
+
+    yield come
+    for visitor in visitors:
+        assert not visitor.foreign, "the page asks nothing of other machines"
+        assert not visitor.broken
+        visitor.context.close()
+
+
+def say(model: str, picture: Any, **keys: Any) -> str:
+    task = {"type": "test_git_inference_single_image", "model_path": model, "image_path": picture}
+    return run({**task, "max_new_tokens": NEW, **keys})["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------- describing
+def test_two_clicks_describe_a_box(visit: Callable[..., Visitor], model: str, photo: str) -> None:
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.says("message", "click at two corners")
+    plain = np.asarray(visitor.shown()).astype(int)
+    told = visitor.box(BOXES[0])
+    assert told["text"] == say(model, photo, bbox=told["boxes"][0])
+    assert visitor.says("answer").split() == told["text"].split(), "a text field changes line ends only"
+    assert told["model"] == "model.pt"
+    assert told["settings"] == {"beams": 1, "sample": False, "max_new_tokens": NEW}
+    drawn = np.asarray(visitor.shown()).astype(int)
+    scale = drawn.shape[1] / SIZE[0]
+    assert scale == 5, "small pictures are enlarged, to aim at"
+    rows, columns = np.nonzero((drawn != plain).any(axis=2))
+    corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / scale
+    assert np.abs(corners - told["boxes"][0]).max() * scale <= 2
+    left, top, right, bottom = (int(value * scale) for value in told["boxes"][0])
+    colour = np.array([int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
+    for edge in (drawn[top, left:right], drawn[bottom - 1, left:right], drawn[top:bottom, left]):
+        assert (edge == colour).all()
+    assert (
+        drawn[top + 9 : bottom - 9, left + 9 : right - 9] == plain[top + 9 : bottom - 9, left + 9 : right - 9]
+    ).all()
+    other = visitor.box(BOXES[1])
+    assert other["text"] == say(model, photo, bbox=other["boxes"][0]), "the next click starts anew"
+
+
+def test_whole_pictures_typed_corners_and_examples(visit: Callable[..., Visitor], model: str, photo: str) -> None:
+    visitor = visit()
+    visitor.page.locator("#describe").click()
+    visitor.says("message", "no picture yet")
+    visitor.page.locator("#examples button img").first.click()
+    visitor.says("message", "click at two corners")
+    visitor.page.locator("#describe").click()
+    assert visitor.record()["text"] == say(model, photo)
+    visitor.page.locator("#left input").fill("40")
+    visitor.page.locator("#describe").click()
+    visitor.says("record", r'"boxes": \[\s+\[\s+40')
+    assert visitor.record()["boxes"] == [[40, 0, *SIZE]], "-1 is that side of the picture"
+    assert visitor.record()["text"] == say(model, photo, bbox=[40, -1, -1, -1])
+    visitor.page.locator("#left input").fill("91")
+    visitor.page.locator("#describe").click()
+    visitor.says("message", "box_outside.*of 90x60")
+    visitor.page.locator("#restart").click()
+    visitor.says("message", "Upload a picture")
+    assert visitor.says("answer") == visitor.says("record") == ""
+    assert visitor.page.locator("#picture img").count() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+def test_a_dialogue_about_several_pictures(
+    visit: Callable[..., Visitor], model: str, photo: str, tmp_path: Path
+) -> None:
+    second = saved_png(tmp_path / "b.png", 1)
+    visitor = visit()
+    visitor.page.get_by_label("Question", exact=True).check()
+    question = visitor.page.locator("#question textarea, #question input").first
+    visitor.upload(photo)
+    visitor.says("message", "Ask about the picture")
+    visitor.click(*BOXES[0][:2])
+    visitor.says("message", "First corner")
+    visitor.click(*BOXES[0][2:])
+    visitor.says("bottom", "^(39|40|41)$")
+    visitor.upload(second)
+    visitor.says("message", "Ask about the 2 pictures")
+    question.fill("which?")
+    question.press("Enter")
+    first = visitor.record()
+    assert first["prompt"] == "[IMG] [IMG] which?"
+    assert np.abs(np.array(first["boxes"][0]) - BOXES[0]).max() <= 1
+    assert first["boxes"][1] is None
+    said = say(model, [photo, second], bbox=first["boxes"], prompt="[IMG] [IMG] which?")
+    assert first["text"] == said
+    assert visitor.says("question") == ""
+    question.fill("and now?")
+    question.press("Enter")
+    visitor.says("record", "and now")
+    history = [["[IMG] [IMG] which?", said]]
+    again = say(model, [photo, second], bbox=first["boxes"], history=history, prompt="and now?")
+    assert visitor.record()["text"] == again
+    told = visitor.says("dialogue")
+    assert told.count("Question: ") == 2
+    question.fill("look [IMG] here")
+    question.press("Enter")
+    visitor.says("message", r"1 \[IMG\] slots for 0 new")
+    assert visitor.says("question") == "look [IMG] here", "a refused question can be mended"
+
+
+# -------------------------------------------------------------------------------------------------------------- guards
+def test_bad_uploads_leave_the_page_usable(visit: Callable[..., Visitor], model: str, photo: str) -> None:
+    visitor = visit()
+    visitor.upload({"name": "a.png", "mimeType": "image/png", "buffer": b"not a picture at all"})
+    visitor.says("message", "no usable picture: not_image:text")
+    visitor.upload({"name": "big.png", "mimeType": "image/png", "buffer": bytes(11 * 2**20)})
+    toast = visitor.page.locator(".toast-body").first
+    toast.wait_for()
+    assert "10" in toast.inner_text()
+    visitor.upload(photo)
+    visitor.says("message", "click at two corners")
+    told = visitor.box(BOXES[2])
+    assert told["text"] == say(model, photo, bbox=told["boxes"][0])
+
+
+def test_the_server_itself_refuses(address: str, model: str) -> None:
+    large = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", bytes(11 * 2**20))}, timeout=20)
+    assert large.status_code == 413
+    for path in (model, str(ROOT / "pyproject.toml"), "/etc/passwd", "../pyproject.toml"):
+        assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
+    assert httpx.get(address, headers={"Host": "elsewhere.example"}).status_code == 403, "a name pointed here"
+    answer = httpx.get(address)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert Path(model).parent.name not in answer.text, "no path of the server"
+    assert "secret_place" not in httpx.get(f"{address}/config").text
+
+
+def test_only_this_machine_is_listened_to(address: str) -> None:
+    port = f"{int(address.rpartition(':')[2]):04X}"
+    found = []
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        rows = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
+        found += [row[1].rpartition(":")[0] for row in rows if row[1].endswith(f":{port}") and row[3] == "0A"]
+    if not found:
+        pytest.skip("this system does not tell who listens")
+    assert found == ["0100007F"]
+
+
+def test_two_visitors_at_once(visit: Callable[..., Visitor], model: str, photo: str, tmp_path: Path) -> None:
+    second = saved_png(tmp_path / "b.png", 1)
+    one, two = visit(), visit()
+    one.upload(photo)
+    two.upload(second)
+    for visitor in (one, two):
+        visitor.says("message", "click at two corners")
+    for box in BOXES[:2]:
+        for visitor in (one, two):
+            visitor.click(*box[:2])
+        for visitor in (one, two):
+            visitor.says("message", "First corner")
+        for visitor in (one, two):
+            visitor.click(*box[2:])
+        for visitor, path in ((one, photo), (two, second)):
+            told = visitor.record()
+            assert told["text"] == say(model, path, bbox=told["boxes"][0])
+    stranger = visit()
+    assert stranger.says("answer") == ""
+    assert stranger.page.locator("#picture img").count() == 0
+
+
+def test_a_telephone(visit: Callable[..., Visitor], photo: str) -> None:
+    visitor = visit(viewport={"width": 375, "height": 700}, is_mobile=True, has_touch=True)
+    visitor.upload(photo)
+    visitor.says("message", "click at two corners")
+    visitor.box(BOXES[1])
+    for mode in ("Describe", "Question"):
+        visitor.page.get_by_label(mode, exact=True).check()
+        visitor.page.wait_for_timeout(300)
+        assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+# ------------------------------------------------------------------------------------------- pages in this process
+@pytest.fixture
+def opened_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    from git_model.tasks.captioner import open_captioner
+    from git_model.tasks.demo import free_port
+    from git_model.tasks.page import Page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    pages = []
+
+    def start(path: str) -> str:
+        pages.append(Page(Speaker(open_captioner(path, {}, "cpu"), path), [], 5, 40))
+        return pages[-1].launch("127.0.0.1", free_port("127.0.0.1", 0), False, 20).rstrip("/")
+
+    yield start
+    for page in pages:
+        page.close()
+
+
+def test_html_stays_text(
+    visit: Callable[..., Visitor], opened_page: Callable[[str], str], photo: str, tmp_path: Path
+) -> None:
+    """A model that has learnt to say HTML, asked with HTML."""
+    settings = config(region={"mode": "roi", "width": 32, "heads": 4}, data={"max_text_tokens": 60})
+    torch.manual_seed(0)
+    model = build_model(settings, byte_tokenizer())
+    image = Transform(model.vision.resolution)(Path(photo).read_bytes())
+    targets = tuple(Target(HTML, prompt=prompt, regions=(Region(0),)) for prompt in ("", f"[IMG] {ASKED}"))
+    batch = Collator(model.codec, model.num_image_tokens, regions=True)([Loaded("", (image,), targets)])
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        if loss < 0.01:
+            break
+    save_checkpoint(tmp_path / "m.pt", model.eval(), settings, step=1, epoch=0)
+    visitor = visit(opened_page(str(tmp_path / "m.pt")))
+    visitor.upload(photo)
+    visitor.says("message", "click at two corners")
+    visitor.page.locator("#describe").click()
+    assert visitor.record()["text"] == HTML
+    visitor.page.get_by_label("Question", exact=True).check()
+    visitor.says("record", "^$")
+    visitor.upload(photo)
+    visitor.says("message", "Ask about")
+    question = visitor.page.locator("#question textarea, #question input").first
+    question.fill(ASKED)
+    question.press("Enter")
+    assert visitor.says("answer", "^<img") == HTML
+    assert visitor.says("dialogue") == f"Question: [IMG] {ASKED}\nAnswer: {HTML}"
+    assert visitor.page.locator("img[src=x], [onerror], #bold").count() == 0
+
+
+def test_a_model_of_whole_pictures(
+    visit: Callable[..., Visitor], opened_page: Callable[[str], str], photo: str, tmp_path: Path
+) -> None:
+    path = checkpoint(tmp_path, "none")
+    visitor = visit(opened_page(path))
+    assert "without boxes" in visitor.page.inner_text("body")
+    visitor.upload(photo)
+    visitor.says("message", "Describe the whole picture")
+    visitor.click(5, 20)
+    visitor.page.wait_for_timeout(500)
+    assert visitor.says("left") == "-1"
+    assert visitor.page.locator("#left input").is_disabled()
+    visitor.page.locator("#describe").click()
+    assert visitor.record()["text"] == say(path, photo, max_new_tokens=40)
+
+
+# ------------------------------------------------------------------------------------------------- without a browser
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((6, False, 1.0, 5), "beams must be a whole number from 1 to 5, got 6"),
+        ((0, False, 1.0, 5), "beams"),
+        ((1.5, False, 1.0, 5), "beams"),
+        ((1, "perhaps", 1.0, 5), "sampling must be true or false"),
+        ((1, True, 2.5, 5), r"temperature must be .* from 0.1 to 2, got 2.5"),
+        ((1, True, 0.0, 5), "temperature"),
+        ((1, True, 1.0, 101), "new tokens must be a whole number from 1 to 100, got 101"),
+        ((1, True, float("nan"), 5), "temperature"),
+    ],
+)
+def test_values_out_of_range(given: tuple[Any, ...], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Settings.checked(given, 5, 100)
+
+
+def test_settings() -> None:
+    drawn = Settings.checked((2.0, True, 0.7, 9), 5, 100)
+    assert (drawn.beams, drawn.temperature, drawn.max_new_tokens) == (2, 0.7, 9)
+    assert drawn.decoding().seed == drawn.seed
+    assert Settings.checked((2, True, 0.7, 9), 5, 100).seed != drawn.seed, "drawn anew each time"
+    assert Settings.checked((1, False, 0.7, 9), 5, 100).decoding().temperature == 1
+
+
+def test_limits_of_a_session(model: str, photo: str) -> None:
+    from git_model.tasks.captioner import open_captioner
+
+    speaker = Speaker(open_captioner(model, {}, "cpu"), model)
+    how = Settings(1, False, 1.0, 4)
+    data = Path(photo).read_bytes()
+    asking = Session().restarted("Question")
+    with pytest.raises(UserError, match=f"{MAX_PICTURES + 1} pictures for one question; at most {MAX_PICTURES}"):
+        asking.uploaded([data] * (MAX_PICTURES + 1))
+    with pytest.raises(UserError, match="10485761 bytes; at most 10485760"):
+        asking.uploaded([bytes(10 * 2**20 + 1)])
+    with pytest.raises(UserError, match="unknown mode 'Q'"):
+        asking.restarted("Q")
+    one = asking.uploaded([data])
+    with pytest.raises(UserError, match=f"at most {MAX_PROMPT}"):
+        speaker.asked(one, "x" * (MAX_PROMPT + 1), how)
+    with pytest.raises(UserError, match="the question is empty"):
+        speaker.asked(one, " ", how)
+    with pytest.raises(UserError, match="no picture 3; there are 1"):
+        one.picked(2)
+    with pytest.raises(UserError, match="box_empty"):
+        one.clicked(0, 0).clicked(0, 0)
+    for _ in range(9):  # longer than the model holds: the oldest turns make room, each with its picture
+        one = speaker.asked(one, "what?", how).uploaded([data])
+    assert len(one.turns) == 9
+
+
+def test_a_taken_port_and_a_wrong_example(model: str, photo: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on host '127.0.0.1', port {port}"):
+            run({"type": "demo", "model_path": model, "port": port})
+    (tmp_path / "t.png").write_text("text")
+    with pytest.raises(UserError, match=r"examples: .*t\.png: this is no usable picture: not_image:text"):
+        run({"type": "demo", "model_path": model, "examples": [photo, str(tmp_path / "t.png")]})
+
+
+def test_without_gradio_at_once(model: str) -> None:
+    code = (
+        "import sys; sys.modules['gradio'] = None; import inference;"
+        f"code = inference.main(['-p', '{{type: demo, model_path: {model}}}']);"
+        "print(code, 'torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5, "a busy machine's second"
+    assert done.stdout.split() == ["2", "False"]
+    assert "pip install 'generative-image-to-text[demo]'" in done.stderr
