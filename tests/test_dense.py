@@ -141,7 +141,7 @@ def test_a_long_dialogue_loses_whole_turns(roi: str, tmp_path: Path, caplog: pyt
         left.append(len(kept.regions))
     assert sorted(set(left), reverse=True) == [4, 3, 1]
     path = saved_png(tmp_path / "a.png")
-    history = [["look [IMG] what?", "a thing"]]
+    history = [["look [IMG] what?", "a [IMG]thing"]]  # an answer's slot is none
     said = say(roi, path, bbox=[BOXES[0], BOXES[1]], history=history, prompt="and [IMG] this?")
     assert said == say(roi, path, bbox=[BOXES[0], BOXES[1]], prompt="look [IMG] what? a thing and [IMG] this?")
 

@@ -33,7 +33,7 @@ def caption_image(
     if not paths:
         raise UserError("image_path is an empty list; give one path or several")
     distinct = list(dict.fromkeys(paths))
-    turns = [f"{question} {answer}" for question, answer in history or ()]
+    turns = [f"{question} {answer.replace(IMG_SLOT, '')}" for question, answer in history or ()]
     targets = asked_about(" ".join([*turns, prompt]), [distinct.index(path) for path in paths], bbox)
     model.check()
     from git_model.datasets.images import read_image
