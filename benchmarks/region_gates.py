@@ -47,9 +47,11 @@ def train(mode: str, seed: int, data: Path, out: Path) -> tuple[Path, float]:
 
 def ask(captioner: Any, sample: Any, targets: Sequence[Any]) -> list[str]:
     """Return what the model says of a record's targets."""
+    from git_model.datasets.images import decode_image
     from git_model.models.language import Decoding
 
-    seen = captioner.see(sample.images, [replace(target, text="", answers=()) for target in targets])
+    pictures = [decode_image(data) for data in sample.images]
+    seen = captioner.see(pictures, [replace(target, text="", answers=()) for target in targets])
     return captioner.ask([seen], Decoding(max_new_tokens=12))
 
 

@@ -7,8 +7,7 @@ ViT-B/32, its grid read under a box (roi), GPT-2 small, random weights; from the
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import io
 
 import numpy as np
 from PIL import Image
@@ -20,6 +19,7 @@ from benchmarks.features import SIDE
 from benchmarks.harness import Options, Result
 from benchmarks.report import alone
 from git_model.checkpoint import Loaded
+from git_model.datasets.images import decode_image
 from git_model.models.language import Decoding
 from git_model.tasks.captioner import GitCaptioner
 from git_model.tasks.dense import describe
@@ -34,15 +34,15 @@ def run(options: Options) -> list[Result]:
     captioner = GitCaptioner(Loaded(model, config), str(options.device))
     dice = np.random.default_rng(0)
     noise = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIDE, Image.Resampling.BICUBIC)
-    with tempfile.TemporaryDirectory() as folder:
-        noise.save(Path(folder) / "a.jpg", quality=90)
-        data = (Path(folder) / "a.jpg").read_bytes()
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=90)
+    data = file.getvalue()
     corners = dice.uniform(0, 1, (BOXES, 2, 2)) * SIDE
     boxes = [(*np.minimum(a, b).tolist(), *np.maximum(a, b).tolist()) for a, b in corners]
     decoding = Decoding(max_new_tokens=NEW)
     sides = {
-        "one": lambda: describe(captioner, data, boxes[:1], decoding),
-        "all": lambda: describe(captioner, data, boxes, decoding, batch_size=BOXES),
+        "one": lambda: describe(captioner, decode_image(data), boxes[:1], decoding),
+        "all": lambda: describe(captioner, decode_image(data), boxes, decoding, batch_size=BOXES),
     }
     alone_said, together = sides["one"](), sides["all"]()
     assert alone_said[0].text == together[0].text, "the same text whatever is asked beside it"

@@ -183,18 +183,19 @@ def test_a_score_is_the_mean_of_the_tokens(roi: str) -> None:
     """Against the loss of the box's caption alone, which is the mean of -log p."""
     captioner = open_captioner(roi, NONE, "cpu")
     assert isinstance(captioner, GitCaptioner)
-    file = io.BytesIO()
-    scene().save(file, "PNG")
-    asked = captioner.see([file.getvalue()], [Target(regions=(Region(0, tuple(box)),)) for box in BOXES])  # type: ignore[arg-type]
-    texts = ["a", "longer text", "xyz"]
-    scores = captioner.scores(asked, texts)
+    boxes = [(5.0, 20.0, 25.0, 40.0), (35.0, 20.0, 55.0, 40.0), (65.0, 20.0, 85.0, 40.0)]
+    asked = captioner.see([scene()], [Target(regions=(Region(0, box),)) for box in boxes])
     from git_model.datasets.collate import Collator, Loaded
+    from git_model.models.language import Decoding
 
     collate = Collator(captioner.model.codec, captioner.model.num_image_tokens, regions=True)
-    for number, text in enumerate(texts):
-        one = Loaded("", asked.images, (Target(text, regions=asked.targets[number].regions),))
-        with torch.no_grad():
-            assert scores[number] == pytest.approx(-float(captioner.model(collate([one]))), abs=1e-5)
+    for texts in (["a"], ["longer text"], ["xyz", "a"]):  # lists of answers: each of them comes to its end
+        trie = captioner.trie(texts, False)
+        for number, said in enumerate(describe(captioner, scene(), boxes, Decoding(answers=trie))):
+            assert said.text in texts
+            one = Loaded("", asked.images, (Target(said.text, regions=asked.targets[number].regions),))
+            with torch.no_grad():
+                assert said.score == pytest.approx(-float(captioner.model(collate([one]))), abs=1e-5)
 
 
 def test_a_picture_is_encoded_once_for_all_its_boxes(roi: str) -> None:
@@ -202,13 +203,11 @@ def test_a_picture_is_encoded_once_for_all_its_boxes(roi: str) -> None:
     assert isinstance(captioner, GitCaptioner)
     seen: list[int] = []
     captioner.model.vision.tower.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    file = io.BytesIO()
-    scene().save(file, "PNG")
     from git_model.models.language import Decoding
 
     found = describe(
         captioner,
-        file.getvalue(),
+        scene(),
         [(float(a), float(b), float(c), float(d)) for a, b, c, d in BOXES] * 9,
         Decoding(max_new_tokens=3),
         batch_size=4,

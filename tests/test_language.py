@@ -126,7 +126,7 @@ def test_batch_equals_single(architecture: str, mode: str, decoding: Decoding) -
     collate = Collator(codec(), K, generate=True)
 
     def texts(batch: CaptionBatch, tokens: Tensor) -> list[str]:
-        ids = language.generate(language.embed(batch, tokens), batch, decoding, EOS, EOS)
+        ids = language.generate(language.embed(batch, tokens), batch, decoding, EOS, EOS).ids
         return [codec().decode(row) for row in ids.tolist()]
 
     tokens = image_tokens(len(items))
@@ -144,7 +144,7 @@ def test_greedy_decoding_is_the_argmax_of_the_training_forward(architecture: str
     language = language_model(architecture, mode)
     batch = Collator(codec(), K, generate=True)(asks("ab", "a longer one"))
     tokens = image_tokens(2)
-    said = language.generate(language.embed(batch, tokens), batch, Decoding(max_new_tokens=6), EOS, EOS)
+    said = language.generate(language.embed(batch, tokens), batch, Decoding(max_new_tokens=6), EOS, EOS).ids
     for row, prompt in enumerate(("ab", "a longer one")):
         ids = list(byte_ids(prompt))
         for step in range(said.shape[1]):
@@ -168,7 +168,7 @@ def test_lengths_of_answers() -> None:
     language = language_model("gpt2")
     batch = Collator(codec(), K, generate=True)(asks("a"))
     embeds = language.embed(batch, image_tokens(1))
-    ids = language.generate(embeds, batch, Decoding(min_new_tokens=9, max_new_tokens=9), EOS, EOS)
+    ids = language.generate(embeds, batch, Decoding(min_new_tokens=9, max_new_tokens=9), EOS, EOS).ids
     assert ids.shape == (1, 9)
     assert EOS not in ids[0, :8].tolist()
 
@@ -180,7 +180,7 @@ def test_sampling_is_repeatable_and_varied() -> None:
 
     def draw(seed: int) -> list[int]:
         decoding = Decoding(sample=True, temperature=2.0, seed=seed, max_new_tokens=10)
-        return language.generate(embeds, batch, decoding, EOS, EOS)[0].tolist()
+        return language.generate(embeds, batch, decoding, EOS, EOS).ids[0].tolist()
 
     assert draw(1) == draw(1)
     assert len({tuple(draw(seed)) for seed in range(5)}) > 1
@@ -220,5 +220,5 @@ def test_a_hubs_generation_settings_do_not_leak_into_greedy() -> None:
         language.model.generation_config = GenerationConfig(repetition_penalty=penalty, no_repeat_ngram_size=1)
         language = LanguageModel(language.model, "small")
         embeds = language.embed(batch, image_tokens(1))
-        said.append(language.generate(embeds, batch, Decoding(max_new_tokens=12), EOS, EOS).tolist())
+        said.append(language.generate(embeds, batch, Decoding(max_new_tokens=12), EOS, EOS).ids.tolist())
     assert said[0] == said[1]

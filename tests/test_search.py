@@ -64,11 +64,19 @@ def said(
     language: LanguageModel, decoding: Decoding, pictures: int, *, plain: bool, pack: bool = True
 ) -> list[list[int]]:
     """Return the ids of every answer, to the end token."""
+    return found(language, decoding, pictures, plain=plain, pack=pack)[0]
+
+
+def found(
+    language: LanguageModel, decoding: Decoding, pictures: int, *, plain: bool, pack: bool = True
+) -> tuple[list[list[int]], list[float]]:
+    """Return the ids of every answer, to the end token, and its score."""
     batch = Collator(codec(), K, generate=True, pack=pack and not plain)(asked(PROMPTS, pictures))
     embeds = language.embed(batch, image_tokens(pictures))
     how = language.reference if plain else language.generate
-    ids = how(embeds, batch, decoding, EOS, EOS).tolist()
-    return [row[: row.index(EOS)] if EOS in row else row for row in ids]
+    ids, scores = how(embeds, batch, decoding, EOS, EOS, scored=True)
+    assert scores is not None
+    return [row[: row.index(EOS)] if EOS in row else row for row in ids.tolist()], scores.tolist()
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -76,10 +84,12 @@ def said(
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_texts_are_those_of_transformers(architecture: str, mode: str, search: str) -> None:
     language, decoding = ending(language_model(architecture, mode)), SEARCHES[search]
-    expected = said(language, decoding, 3, plain=True)
+    expected, scores = found(language, decoding, 3, plain=True)
     assert language.branches
-    assert said(language, decoding, 3, plain=False) == expected, "prompts that share a picture's tokens"
-    assert said(language, decoding, 3, plain=False, pack=False) == expected, "left-padded rows"
+    for pack in (True, False):  # prompts that share a picture's tokens; left-padded rows
+        ids, own = found(language, decoding, 3, plain=False, pack=pack)
+        assert ids == expected
+        assert own == pytest.approx(scores, abs=1e-4)
     if decoding.max_new_tokens > 1 and not decoding.min_new_tokens:
         assert len({len(ids) for ids in expected}) > 1, "some end before others"
 
@@ -191,7 +201,7 @@ def test_a_sample_does_not_depend_on_what_is_asked_beside_it() -> None:
         tokens, alone = image_tokens(7), []
         for i, item in enumerate(asked(PROMPTS, 7)):
             batch = Collator(codec(), K, generate=True)([item])
-            ids = language.generate(language.embed(batch, tokens[i : i + 1]), batch, decoding, EOS, EOS)[0].tolist()
+            ids = language.generate(language.embed(batch, tokens[i : i + 1]), batch, decoding, EOS, EOS).ids[0].tolist()
             alone.append(ids[: ids.index(EOS)] if EOS in ids else ids)
         assert together == alone
         assert said(language, replace(decoding, seed=4), 7, plain=False) != together
@@ -207,7 +217,7 @@ def test_samples_follow_the_probabilities() -> None:
     counts = torch.zeros(257)
     for seed in range(draws):
         decoding = Decoding(sample=True, temperature=3.0, seed=seed, max_new_tokens=1)
-        counts[language.generate(embeds, batch, decoding, EOS, EOS)[0, 0]] += 1
+        counts[language.generate(embeds, batch, decoding, EOS, EOS).ids[0, 0]] += 1
     likely = odds > 0.005
     off = (counts[likely] / draws - odds[likely]).abs() / (odds[likely] * (1 - odds[likely]) / draws).sqrt()
     assert likely.sum() > 5

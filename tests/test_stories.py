@@ -125,7 +125,7 @@ def test_it_continues_its_published_text(stories: Path, reference_data: Path) ->
     batch = Collator(codec, 0, generate=True)([Loaded("empty", (), (Target("", "", 0),))])
     assert batch.input_ids.tolist() == [[1]]
     embeds = language.embed(batch, torch.zeros(0, 0, language.dim))
-    ids = language.generate(embeds, batch, Decoding(max_new_tokens=120), codec.eos_id, codec.pad_id)
+    ids = language.generate(embeds, batch, Decoding(max_new_tokens=120), codec.eos_id, codec.pad_id).ids
     text = codec.decode(ids[0].tolist())
     assert len(text) > 250
     assert published(reference_data).startswith(text)

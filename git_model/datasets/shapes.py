@@ -31,9 +31,7 @@ from git_model.datasets.shapes_text import (
     Box,
     Scene,
     Thing,
-    captions,
-    questions,
-    regions,
+    said,
 )
 from git_model.errors import UserError, one_of
 
@@ -50,7 +48,6 @@ RGB = {
 }  # fmt: skip
 # Of middle brightness and hardly saturated: white, black and every clear colour stand out.
 TONE_RGB = {"gray": (150, 150, 152), "tan": (183, 162, 132), "mint": (146, 172, 156), "mauve": (166, 142, 160)}
-PAIR_QUESTION = "image 1 [IMG] image 2 [IMG] describe image {number}"
 RADII = {"small": (0.13, 0.143), "large": (0.215, 0.235)}  # fractions of the side
 NUMBER_WEIGHTS = (40, 40, 20)  # of scenes with one, two and three things
 USUAL, MOST = (1, 3), 4  # things in a scene
@@ -275,9 +272,10 @@ def write_shapes(
         for split, count in counts.items():
             scenes = [make_scene(seed, split, i, side, things) for i in range(count)]
             write_tsv(out_dir / f"{split}.img.tsv", _image_rows(scenes, bar))
-            said = [_said(scene, i) | {"pair": _pairs(scenes, i)} for i, scene in enumerate(scenes)]
+            following = [*scenes[1:], *scenes[:1]]
+            told = [said(scene, after, i) for i, (scene, after) in enumerate(zip(scenes, following, strict=True))]
             for column in COLUMNS:
-                rows = ((s.key, json_cell(words[column])) for s, words in zip(scenes, said, strict=True))
+                rows = ((s.key, json_cell(words[column])) for s, words in zip(scenes, told, strict=True))
                 write_tsv(out_dir / f"{split}.{column}.tsv", rows)
     statement.with_suffix(".partial").write_text(text, encoding="utf-8")
     os.replace(statement.with_suffix(".partial"), statement)
@@ -290,28 +288,3 @@ def _image_rows(scenes: Sequence[Scene], bar: tqdm) -> Iterator[tuple[str, str]]
         draw_scene(scene).save(file, "PNG", compress_level=1)
         bar.update()
         yield scene.key, base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _said(scene: Scene, index: int) -> dict[str, list[dict[str, object]]]:
-    """Return what the files of COLUMNS say about a scene; 100 ids a scene keep them apart in a split."""
-    return {
-        "caption": [{"caption": text} for text in captions(scene)],
-        "question": [
-            {"question": qa.question, "question_id": 100 * index + i, "answer": qa.answer, "question_type": qa.kind}
-            for i, qa in enumerate(questions(scene))
-        ],
-        "region": [{"phrase": phrase, "box": list(box)} for phrase, box in regions(scene)],
-    }
-
-
-def _pairs(scenes: Sequence[Scene], index: int) -> list[dict[str, object]]:
-    """Return questions about a thing of this scene and one of the next: which of the two pictures is meant counts."""
-    both = [scenes[index], scenes[(index + 1) % len(scenes)]]
-    rng = random.Random(f"{both[0].key}/pair")
-    chosen = [rng.choice(regions(scene)) for scene in both]
-    images = [{"key": scene.key, "box": list(box)} for scene, (_, box) in zip(both, chosen, strict=True)]
-    told: list[dict[str, object]] = []
-    for number, (phrase, _) in enumerate(chosen, start=1):
-        question = PAIR_QUESTION.format(number=number)
-        told.append({"question": question, "question_id": 2 * index + number - 1, "answer": phrase, "images": images})
-    return told

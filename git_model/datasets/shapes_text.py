@@ -1,4 +1,4 @@
-"""What is said about a drawn scene: its words, five captions, questions with answers, and regions."""
+"""What is said about a drawn scene: its words, five captions, questions with answers, regions, and pairs of scenes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 ASKED_OF = (("shape", "shape"), ("color", "colour"))  # the word of a question, the field of a Thing
 SYNONYMS = {"small": "little", "large": "big"}
 NUM_CAPTIONS = 5
+PAIR_QUESTION = "image 1 [IMG] image 2 [IMG] describe image {number}"
 
 Box = tuple[int, int, int, int]
 
@@ -246,3 +247,35 @@ def _yes_no(scene: Scene, rng: random.Random) -> Iterator[QA]:
 
 def _word(yes: bool) -> str:
     return "yes" if yes else "no"
+
+
+def said(scene: Scene, following: Scene, index: int) -> dict[str, list[dict[str, object]]]:
+    """Return the records of a scene in each of the data set's files.
+
+    Args:
+        scene: number `index` of its split.
+        following: the next one, which questions about two pictures show beside it.
+        index: 100 ids a scene keep questions apart in a split.
+    """
+    return {
+        "caption": [{"caption": text} for text in captions(scene)],
+        "question": [
+            {"question": qa.question, "question_id": 100 * index + i, "answer": qa.answer, "question_type": qa.kind}
+            for i, qa in enumerate(questions(scene))
+        ],
+        "region": [{"phrase": phrase, "box": list(box)} for phrase, box in regions(scene)],
+        "pair": _pairs(scene, following, index),
+    }
+
+
+def _pairs(scene: Scene, following: Scene, index: int) -> list[dict[str, object]]:
+    """Return questions about a thing of this scene and one of the next: which of the two pictures is meant counts."""
+    both = (scene, following)
+    rng = random.Random(f"{scene.key}/pair")
+    chosen = [rng.choice(regions(shown)) for shown in both]
+    images = [{"key": shown.key, "box": list(box)} for shown, (_, box) in zip(both, chosen, strict=True)]
+    told: list[dict[str, object]] = []
+    for number, (phrase, _) in enumerate(chosen, start=1):
+        question = PAIR_QUESTION.format(number=number)
+        told.append({"question": question, "question_id": 2 * index + number - 1, "answer": phrase, "images": images})
+    return told

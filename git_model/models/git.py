@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from git_model.batch import IGNORE_INDEX, WHOLE, CaptionBatch
@@ -145,40 +144,37 @@ class GitModel(nn.Module):
             sources=torch.arange(size + 1, device=device)[None] - 1,
         )
 
-    @torch.no_grad()
-    def log_likelihood(self, batch: CaptionBatch) -> Tensor:
-        """Return the mean log-probability of each row's target tokens, (R,): how sure the model is of a text.
-
-        Args:
-            batch: one target a row (`Collator(pack=False)`).
-        """
-        batch = batch.without_last_column()
-        embeds = self.language.embed(batch, self.encode(batch.images, batch.boxes, batch.box_image))  # (R,T,E)
-        hidden = self.language.hidden(embeds, batch).flatten(0, 1)[batch.predictors]  # (L,E)
-        losses = F.cross_entropy(self.language.project(hidden).float(), batch.wanted, reduction="none")  # (L,)
-        rows = batch.predictors // batch.input_ids.shape[1]  # (L,)
-        sums = losses.new_zeros(len(batch.input_ids)).index_add(0, rows, losses)  # (R,)
-        return -sums / torch.bincount(rows, minlength=len(sums)).clamp(min=1)
-
-    @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
     def generate(
         self, batch: CaptionBatch, decoding: Decoding | None = None, tokens: Tensor | None = None
     ) -> list[str]:
-        """Return a text for every prompt of a batch (`Collator(generate=True)`), row by row.
+        """Return a text for every prompt of a batch; see `generate_scored`."""
+        return self.generate_scored(batch, decoding, tokens, scored=False)[0]
+
+    @torch.no_grad()  # no inference_mode: a later step could not use what FSDP gathers in it
+    def generate_scored(
+        self,
+        batch: CaptionBatch,
+        decoding: Decoding | None = None,
+        tokens: Tensor | None = None,
+        scored: bool = True,
+    ) -> tuple[list[str], list[float]]:
+        """Return a text for every prompt of a batch (`Collator(generate=True)`), row by row, and how sure it is.
 
         Args:
             batch: what is asked; several prompts a row where the language model `branches`.
             decoding: how.
             tokens: (I,K,E) image tokens, (Q,K,E) of regions, if they were made before: the batch's images are not
                 looked at then.
+            scored: whether the scores are needed.
+
+        Returns:
+            the texts, and the mean log-probability of the tokens of each.
         """
         if len(batch.input_ids) == 0:
-            return []
+            return [], []
         tokens = self.encode(batch.images, batch.boxes, batch.box_image) if tokens is None else tokens
         embeds = self.language.embed(batch, tokens)  # (R,T,E)
-        ids = self.language.generate(
-            embeds, batch, decoding or Decoding(), self.codec.eos_id, self.codec.pad_id
-        )  # (G,new)
-        if decoding and decoding.answers:
-            return [decoding.answers.text(row) for row in ids.tolist()]
-        return [self.codec.decode(row) for row in ids.tolist()]
+        decoding, codec = decoding or Decoding(), self.codec
+        ids, scores = self.language.generate(embeds, batch, decoding, codec.eos_id, codec.pad_id, scored)  # (G,new)
+        read = decoding.answers.text if decoding.answers else codec.decode
+        return [read(row) for row in ids.tolist()], [] if scores is None else scores.tolist()

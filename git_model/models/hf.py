@@ -108,7 +108,7 @@ class GitModelForCaptioning(PreTrainedModel):
             raise UserError(f"unknown argument of generate '{wrong[0]}'; one of: {', '.join(allowed)}")
         batch, embeds = self._embedded(pixel_values, input_ids, attention_mask)  # (I,T,E)
         codec, decoding = self.git.codec, Decoding(**{names.get(k, k): v for k, v in search.items()})
-        return self.git.language.generate(embeds, batch, decoding, codec.eos_id, codec.pad_id)  # (I,new)
+        return self.git.language.generate(embeds, batch, decoding, codec.eos_id, codec.pad_id).ids  # (I,new)
 
     def say(self, ids: Tensor) -> list[str]:
         """Return the texts of generated ids (I,new)."""

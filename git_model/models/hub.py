@@ -5,8 +5,9 @@ And weights by name brought here beforehand, for machines without internet.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from git_model.errors import UserError, nearest
@@ -109,3 +110,19 @@ def repository_files(names: Sequence[str]) -> list[str]:
     weights = [name for name in names if _SAFE_WEIGHTS.fullmatch(name)]
     weights = weights or [name for name in names if _OTHER_WEIGHTS.fullmatch(name)]
     return weights + [name for name in names if _SMALL_FILES.fullmatch(name)] if weights else []
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' load reports and progress bars to itself; what matters is raised here."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

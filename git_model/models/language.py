@@ -17,7 +17,7 @@ from git_model.errors import UserError
 from git_model.models.decoding import Decoding
 from git_model.models.lora import adapters, merge_adapters
 from git_model.models.prompts import follows_masks, one_a_row
-from git_model.models.search import search
+from git_model.models.search import Found, lengths, search
 from git_model.models.vocabulary import Room, logits_of, vocabulary_loss
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,15 @@ class LanguageModel(nn.Module):
         return self._branches
 
     @torch.no_grad()
-    def generate(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
+    def generate(
+        self,
+        embeds: Tensor,
+        batch: CaptionBatch,
+        decoding: Decoding,
+        eos_id: int,
+        pad_id: int,
+        scored: bool = False,
+    ) -> Found:
         """Continue the prompts of a batch, several a row where the batch is packed.
 
         Args:
@@ -173,22 +181,31 @@ class LanguageModel(nn.Module):
             decoding: how.
             eos_id: ends a text.
             pad_id: fills a finished one.
+            scored: whether scores are needed: not every way to generate has them at hand.
 
         Returns:
-            (G,new) ids of the new tokens only, a line for each prompt.
+            the new tokens only, a line for each prompt, and their scores.
         """
         config = self.model.config  # a mask of ours would overrule the model's own windows
         windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
         fits = all(window is None or embeds.shape[1] + decoding.longest <= window for window in windows)
         if not fits or (decoding.sample and decoding.beams > 1) or not self.branches:
-            return self.reference(*one_a_row(embeds, batch), decoding, eos_id, pad_id)
+            return self.reference(*one_a_row(embeds, batch), decoding, eos_id, pad_id, scored)
         self._check_room(batch.longest, decoding)
         with self._arithmetic(embeds.device.type):
             return search(self, embeds, batch, decoding, eos_id, pad_id)
 
     @torch.no_grad()
-    def reference(self, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int) -> Tensor:
-        """Continue left-padded rows of one prompt each by transformers' `generate`; returns (R,new) ids."""
+    def reference(
+        self,
+        embeds: Tensor,
+        batch: CaptionBatch,
+        decoding: Decoding,
+        eos_id: int,
+        pad_id: int,
+        scored: bool = False,
+    ) -> Found:
+        """Continue left-padded rows of one prompt each by transformers' `generate`; see there for the arguments."""
         if batch.packed or not bool(batch.attention_mask[:, -1].all()):
             raise ValueError("transformers' generate takes one prompt a row, padded on the left")
         self._check_room(embeds.shape[1], decoding)
@@ -196,12 +213,22 @@ class LanguageModel(nn.Module):
         if decoding.sample:
             torch.manual_seed(decoding.seed)
         with self._prefill_mask(batch), self._arithmetic(embeds.device.type):
-            return self.model.generate(
+            out = self.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.long(),
                 synced_gpus=self.sharded,
+                return_dict_in_generate=True,
+                output_logits=scored,  # of every step: large
                 **settings,
-            )  # (R,new)
+            )
+        ids = out.sequences  # (R,new)
+        if not scored:
+            return Found(ids)
+        beams = getattr(out, "beam_indices", None)
+        odds = self.model.compute_transition_scores(ids, out.logits, beams, normalize_logits=True)  # (R,new)
+        counts = lengths(ids, eos_id)  # (R,)
+        counted = torch.arange(odds.shape[1], device=odds.device) < counts[:, None]  # (R,new)
+        return Found(ids, odds.where(counted, 0.0).sum(1) / counts)
 
     def _arithmetic(self, device: str) -> torch.autocast:
         half = self.compute in (torch.float16, torch.bfloat16)

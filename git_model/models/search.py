@@ -8,7 +8,7 @@ once, no cache is ever reordered, and rows that are through leave the batch. The
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 FAR = -1e9  # the score of a beam that is none, in transformers' beam search
 LEAVE = 0.75  # share of the rows still at work at which the others are dropped
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Args:
+        ids: (G,new) the new tokens of each prompt, padded after the end of text.
+        scores: (G,) mean log-probability of each prompt's tokens, the end of text included, in the model's own eyes:
+            before temperature, and as if nothing had been forbidden; None where they were not asked for.
+    """
+
+    ids: Tensor
+    scores: Tensor | None = None
 
 
 class Tree:
@@ -115,6 +128,7 @@ class Single:
     def __init__(self, count: int, decoding: Decoding, eos_id: int, pad_id: int, device: torch.device) -> None:
         self.decoding, self.eos_id = decoding, eos_id
         self.found = torch.full((count, decoding.longest), pad_id, device=device)  # (all G,new)
+        self.sums = torch.zeros(count, device=device)  # (all G,) log-probabilities of the tokens found
         self.which = torch.arange(count, device=device)  # (G,) of those still at work
         self.dice = torch.Generator().manual_seed(decoding.seed)
 
@@ -126,6 +140,7 @@ class Single:
             scores = nucleus(scores / self.decoding.temperature, self.decoding.top_p) + noise.to(scores.device)
         tokens = scores.argmax(1)  # (G,)
         self.found[self.which, step] = tokens
+        self.sums[self.which] += logits[:, 0].gather(1, tokens[:, None])[:, 0] - logits[:, 0].logsumexp(1)
         over = tokens == self.eos_id
         return tokens[:, None], None, over
 
@@ -150,6 +165,8 @@ class Beams:
         self.scores[:, 1:] = FAR  # all begin alike: one of them counts
         self.ended = self.tokens.clone()  # (G,beams,new) the best that came to their end
         self.ended_scores = torch.full((count, beams), FAR, device=device)
+        self.ended_sums = self.scores.clone()
+        self.sums = torch.zeros(count, device=device)  # (all G,) log-probabilities of the tokens found
         self.is_ended = torch.zeros(count, beams, dtype=torch.bool, device=device)
 
     def step(self, step: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,23 +193,24 @@ class Beams:
         merged = torch.cat([self.ended_scores, best / (step + 1) ** power + (~ended).float() * FAR], dim=1)
         self.ended_scores, kept = merged.topk(beams)  # (G,beams)
         self.ended = _pick(torch.cat([self.ended, lines], dim=1), kept)
+        self.ended_sums = torch.cat([self.ended_sums, best], dim=1).gather(1, kept)
         self.is_ended = torch.cat([self.is_ended, ended], dim=1).gather(1, kept)
 
         possible = self.scores[:, 0] / (step + 1) ** power  # of what still runs
         worst = torch.where(self.is_ended, self.ended_scores.amin(1, keepdim=True), FAR)  # (G,beams)
         over = ~(possible[:, None] > worst).any(1) | ends.all(1)  # (G,)
-        self.found[self.which] = self.ended[:, 0]
+        self.found[self.which], self.sums[self.which] = self.ended[:, 0], self.ended_sums[:, 0]
         return self.tokens[:, :, step], parents.gather(1, running), over
 
     def keep(self, alive: Tensor) -> None:
         """Go on with these, (G,) bool, only."""
-        for name in ("which", "tokens", "scores", "ended", "ended_scores", "is_ended"):
+        for name in ("which", "tokens", "scores", "ended", "ended_scores", "ended_sums", "is_ended"):
             setattr(self, name, getattr(self, name)[alive])
 
 
 def search(
     language: LanguageModel, embeds: Tensor, batch: CaptionBatch, decoding: Decoding, eos_id: int, pad_id: int
-) -> Tensor:
+) -> Found:
     """Continue every prompt of a batch; see `LanguageModel.generate`, which decides whether the model is fit for it."""
     tree = Tree(language, embeds, batch, decoding.beams)
     kind = Beams if decoding.beams > 1 else Single
@@ -208,7 +226,13 @@ def search(
             choice.keep(alive)
             tokens, parents = tokens[alive], None if parents is None else parents[alive]
         logits = tree.grow(tokens, parents)
-    return choice.found  # (G,new)
+    return Found(choice.found, choice.sums / lengths(choice.found, eos_id))
+
+
+def lengths(ids: Tensor, eos_id: int) -> Tensor:
+    """Return how many of the ids (G,new) are text, its end included, (G,)."""
+    ends = ids == eos_id
+    return torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1])
 
 
 def forbidden(scores: Tensor, decoding: Decoding, step: int, eos_id: int, ids: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from git_model.config import Config
 from git_model.models.build import build_model
 from git_model.models.decoders import quiet_bitsandbytes
 from git_model.models.git import GitModel
+from git_model.models.hub import quiet_transformers
 from git_model.models.lora import add_adapters, chosen_targets
-from git_model.models.vision import quiet_transformers
 
 NF4_BLOCK = 64  # weights that share a scale of 8 bits
 SCALE_BLOCK = 256  # such scales that share one of 32 bits

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from git_model.architecture import VisionConfig
 from git_model.errors import UserError, one_of
 from git_model.models import openai_clip
 from git_model.models import small_vision as shared
-from git_model.models.hub import check_name
+from git_model.models.hub import check_name, quiet_transformers
 from git_model.models.small_vision import EncoderPlan, Stats, VisionFacts, brief, first
 
 log = logging.getLogger(__name__)
@@ -193,22 +192,6 @@ class HFTower(nn.Module):
         if self.interpolates and images.shape[-1] != self.own:
             return {"pixel_values": images, "interpolate_pos_encoding": True}
         return {"pixel_values": images}
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars to itself; what matters is raised here."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _hf_class(config: VisionConfig) -> tuple[Any, Any, str]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from git_model.batch import IMG_SLOT, Box, Region, Target
-from git_model.errors import UserError
+from git_model.errors import ImageError, UserError
 from git_model.tasks.options import ModelOptions, SamplingOptions
-
-if TYPE_CHECKING:
-    from git_model.models.language import Decoding
-    from git_model.tasks.captioner import GitCaptioner
 
 
 def caption_image(
@@ -36,10 +32,10 @@ def caption_image(
     turns = [f"{question} {answer.replace(IMG_SLOT, '')}" for question, answer in history or ()]
     targets = asked_about(" ".join([*turns, prompt]), [distinct.index(path) for path in paths], bbox)
     model.check()
-    from git_model.datasets.images import read_image
     from git_model.tasks.captioner import GitCaptioner
+    from git_model.tasks.picture import read_picture
 
-    files = [read_image(path) for path in distinct]  # before the model: a wrong path answers at once
+    pictures = [read_picture(path) for path in distinct]  # before the model: a wrong path answers at once
     answers, decoding = search.answers(), search.decoding()
     captioner = model.open()
     if answers:
@@ -51,7 +47,10 @@ def caption_image(
             targets = tuple(
                 captioner.shortened([*turns, prompt], target.regions, decoding.longest) for target in targets
             )
-        texts = _say(captioner, distinct, files, targets, decoding)
+        try:
+            texts = captioner.ask([captioner.see(pictures, targets)], decoding)
+        except ImageError as error:
+            raise UserError(f"bbox: {error}") from error
     elif len(paths) > 1:
         raise UserError(f"{model.model_path} is asked about {len(paths)} pictures; a Hugging Face model takes one here")
     elif history:
@@ -59,7 +58,7 @@ def caption_image(
     elif bbox is not None:
         raise UserError(f"{model.model_path} is asked about a box; a Hugging Face model takes whole pictures here")
     else:
-        texts = captioner.answer([_decoded(captioner.prepare, paths[0], files[0])], [prompt], decoding)
+        texts = captioner.answer(pictures, [prompt], decoding)
     several = isinstance(bbox, list) and len(targets) == len(bbox) and len(paths) == 1
     said = {"image_path": image_path, "prompt": prompt, "text": texts if several else texts[0]}
     return said if bbox is None else {**said, "bbox": bbox}
@@ -89,25 +88,3 @@ def asked_about(prompt: str, pictures: Sequence[int], bbox: Box | Sequence[Box |
     if slots and slots != len(pictures):
         raise UserError(f"the prompt has {slots} {IMG_SLOT} slots for {len(pictures)} images")
     return (Target(prompt=prompt, regions=tuple(map(Region, pictures, boxes))),)
-
-
-def _say(
-    captioner: GitCaptioner, paths: Sequence[str], files: Sequence[bytes], targets: Sequence[Target], how: Decoding
-) -> list[str]:
-    from git_model.datasets.images import ImageError
-
-    try:
-        return captioner.ask([captioner.see(files, targets)], how)
-    except ImageError as error:
-        for path, data in zip(paths, files, strict=True):
-            _decoded(captioner.prepare, path, data)
-        raise UserError(f"bbox: {error}") from error
-
-
-def _decoded(prepare: Any, path: str, data: bytes) -> Any:
-    from git_model.datasets.images import ImageError
-
-    try:
-        return prepare(data)
-    except ImageError as error:
-        raise UserError(f"{path} is no usable picture: {error.reason}") from error

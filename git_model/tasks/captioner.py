@@ -7,7 +7,6 @@ Hugging Face model.
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from git_model.errors import UserError
 from git_model.tasks.opening import open_checkpoint, pick_device
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from git_model.batch import Region, Target
     from git_model.checkpoint import Loaded
     from git_model.datasets.collate import Loaded as Asked
@@ -85,51 +86,35 @@ class GitCaptioner:
 
     def answer(self, encoded: Sequence[Any], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return one text a prompt; prompts that follow each other and have the same picture share its tokens."""
-        return self.say([(tokens,) for tokens in encoded], prompts, decoding)
-
-    def say(self, encoded: Sequence[tuple[Any, ...]], prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """Return one text a prompt; several pictures fill its slots.
-
-        Raises:
-            UserError: a prompt that does not fit its pictures or the model.
-        """
         from git_model.batch import Target
-        from git_model.datasets.collate import Loaded
+        from git_model.datasets.collate import Loaded as Asked
 
-        items: list[Loaded] = []
-        for i, (tokens, prompt) in enumerate(zip(encoded, prompts, strict=True)):
-            target = (Target(prompt=prompt, question_id=i),)
-            before = items[-1].images if items else ()
-            if self.shares and items and len(before) == len(tokens) and all(map(operator.is_, before, tokens)):
+        items: list[Asked] = []
+        for tokens, prompt in zip(encoded, prompts, strict=True):
+            target = (Target(prompt=prompt),)
+            if self.shares and items and items[-1].images[0] is tokens:
                 items[-1] = replace(items[-1], targets=items[-1].targets + target)
             else:
-                items.append(Loaded(str(i), tokens, target))
-        batch = self.collator(items)
-        if batch.skipped:
-            raise UserError(batch.skipped[0].reason)
-        said = self.model.generate(batch.to(self.device), decoding, batch.images.to(self.device))
-        numbers = [target.question_id for row in batch.targets for target in row]
-        texts = dict(zip(numbers, said, strict=True))
-        return [texts[i] for i in range(len(prompts))]
+                items.append(Asked("", (tokens,), target))
+        return self._answered(items, decoding, encoded=True)[0]
 
-    def see(self, files: Sequence[bytes], targets: Sequence[Target]) -> Asked:
+    def see(self, pictures: Sequence[Image], targets: Sequence[Target]) -> Asked:
         """Return what is asked about pictures, boxes in their frames.
 
         Args:
-            files: the encoded pictures.
+            pictures: decoded.
             targets: what is asked; their regions in pixels.
 
         Raises:
             ImageError: a picture, or a box in it, that cannot be used.
         """
         from git_model.datasets.collate import Loaded as Asked
-        from git_model.datasets.images import decode_image
         from git_model.datasets.regions import carried, cut_out, ignored
 
         if self.region_mode == "crop":
-            images, targets = cut_out(targets, [decode_image(data) for data in files], self.prepare)
+            images, targets = cut_out(targets, pictures, self.prepare)
             return Asked("", images, targets)
-        seen = [self.prepare.framed(data) for data in files]
+        seen = [self.prepare.framed(picture) for picture in pictures]
         given = ignored(targets) if self.region_mode == "ignore" else carried(targets, [frame for _, frame in seen])
         return Asked("", tuple(image for image, _ in seen), given)
 
@@ -166,23 +151,22 @@ class GitCaptioner:
         with torch.inference_mode():
             return replace(asked, images=tuple(self.model.features(torch.stack(asked.images).to(self.device))))
 
-    def scores(self, asked: Asked, texts: Sequence[str]) -> list[float]:
-        """Return the mean log-probability of each target's text, its end included."""
-        from git_model.datasets.collate import Collator
-
-        told = tuple(replace(t, text=text) for t, text in zip(asked.targets, texts, strict=True))
-        reading = {"regions": self.collator.regions, "longest": self.collator.longest}
-        batch = Collator(self.model.codec, self.model.num_image_tokens, **reading)([replace(asked, targets=told)])
-        if batch.skipped:
-            raise UserError(batch.skipped[0].reason)
-        return self.model.log_likelihood(batch.to(self.device)).tolist()
-
     def ask(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
         """Return a text for every target, in their order; a picture is encoded once for all that is asked about it.
 
         Raises:
             UserError: prompts that do not fit their pictures or the model.
         """
+        return self._answered(asked, decoding)[0]
+
+    def ask_scored(self, asked: Sequence[Asked], decoding: Decoding) -> tuple[list[str], list[float]]:
+        """Return what `ask` returns, and the mean log-probability of the tokens of each text, its end included."""
+        return self._answered(asked, decoding, scored=True)
+
+    def _answered(
+        self, asked: Sequence[Asked], decoding: Decoding, encoded: bool = False, scored: bool = False
+    ) -> tuple[list[str], list[float]]:
+        """Return texts and scores in the order of the targets, whatever the batch makes of it."""
         count = sum(len(item.targets) for item in asked)
         numbers = iter(range(count))
         numbered = [
@@ -191,10 +175,12 @@ class GitCaptioner:
         batch = self.collator(numbered)
         if batch.skipped:
             raise UserError(batch.skipped[0].reason)
-        said = self.model.generate(batch.to(self.device), decoding)
+        batch = batch.to(self.device)
+        said, scores = self.model.generate_scored(batch, decoding, batch.images if encoded else None, scored)
         order = [target.question_id for row in batch.targets for target in row]
-        texts = dict(zip(order, said, strict=True))
-        return [texts[number] for number in range(count)]
+        place = {number: i for i, number in enumerate(order)}
+        mine = [place[number] for number in range(count)]
+        return [said[i] for i in mine], [scores[i] for i in mine] if scored else []
 
     def trie(self, answers: Sequence[str], after_prompt: bool) -> AnswerTrie:
         """Return the constraint to these answers.

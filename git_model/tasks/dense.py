@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.batch import Region, Target
-from git_model.errors import UserError
+from git_model.errors import ImageError, UserError
 from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
 from git_model.tasks.params import Range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from PIL.Image import Image
 
     from git_model.models.language import Decoding
     from git_model.models.proposals import RegionProposer
@@ -48,20 +48,15 @@ def dense_caption(
 ) -> dict[str, Any]:
     """Caption every given box of a picture, or the `top_k` of those proposed of whose captions the model is surest."""
     model.check()
-    from git_model.datasets.images import ImageError, decode_image, read_image
     from git_model.models.proposals import RegionProposer
-    from git_model.tasks.picture import annotated, check_name, save_picture
+    from git_model.tasks.picture import annotated, check_name, read_picture, save_picture
 
     if out_image is not None:
         check_name(out_image)
-    data = read_image(image_path)
-    try:
-        picture = decode_image(data)
-    except ImageError as error:
-        raise UserError(f"{image_path} is no usable picture: {error.reason}") from error
+    picture = read_picture(image_path)
     captioner = _region_reader(model)
-    wanted = boxes or _proposed(RegionProposer(proposals, sam_model, captioner.device), data)
-    found = describe(captioner, data, wanted, search.decoding(), prompt, batch_size)
+    wanted = boxes or _proposed(RegionProposer(proposals, sam_model, captioner.device), picture)
+    found = describe(captioner, picture, wanted, search.decoding(), prompt, batch_size)
     if not boxes:
         found = best(found, top_k, overlap)
     if out_image is not None:
@@ -71,7 +66,7 @@ def dense_caption(
 
 def describe(
     captioner: GitCaptioner,
-    data: bytes,
+    picture: Image,
     boxes: Sequence[FourNumbers],
     decoding: Decoding,
     prompt: str = "",
@@ -81,7 +76,7 @@ def describe(
 
     Args:
         captioner: trained with --region.
-        data: the encoded picture.
+        picture: upright, RGB.
         boxes: in pixels.
         decoding: how.
         prompt: asked about every box.
@@ -90,19 +85,15 @@ def describe(
     Raises:
         UserError: a box that is none, or a model that reads whole pictures only.
     """
-    from git_model.datasets.images import ImageError
-
     targets = [Target(prompt=prompt, regions=(Region(0, box),)) for box in boxes]
     try:
-        seen = captioner.encoded(captioner.see([data], targets))
+        seen = captioner.encoded(captioner.see([picture], targets))
     except ImageError as error:
         raise UserError(f"boxes: {error}") from error
     found: list[Said] = []
     for start in range(0, len(boxes), batch_size):
         some = slice(start, start + batch_size)
-        asked = replace(seen, targets=seen.targets[some])
-        texts = captioner.ask([asked], decoding)
-        scores = captioner.scores(asked, texts)
+        texts, scores = captioner.ask_scored([replace(seen, targets=seen.targets[some])], decoding)
         found += [Said(*told) for told in zip(boxes[some], texts, scores, strict=True)]
     return found
 
@@ -138,14 +129,14 @@ def dense_caption_tsv(
     model.check()
     from git_model.datasets.asking import AskRow, AskRows
     from git_model.datasets.files import refuse_overwriting
+    from git_model.datasets.images import decode_image
     from git_model.models.proposals import RegionProposer
     from git_model.tasks.journal import Done
-    from git_model.tasks.opening import fingerprint
+    from git_model.tasks.opening import job_of
 
     refuse_overwriting(out_tsv, image_tsv, model.model_path)
-    settings = [proposals, sam_model, top_k, overlap, prompt, asdict(search), asdict(replace(model, device=""))]
-    files = fingerprint([model.model_path, image_tsv])
-    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+    asked = [proposals, sam_model, top_k, overlap, prompt]
+    job = job_of([model.model_path, image_tsv], *asked, asdict(search), asdict(replace(model, device="")))
     decoding = search.decoding()
 
     def start() -> tuple[AskRows, Any, int]:
@@ -161,24 +152,13 @@ def dense_caption_tsv(
             found = describe(captioner, row.picture, _proposed(proposer, row.picture), decoding, prompt, batch_size)
             return Done(_row(row.key, best(found, top_k, overlap)))
 
-        return AskRows(Path(image_tsv), None, checked_file), answer, 1
+        return AskRows(Path(image_tsv), None, decode_image), answer, 1
 
     return batch_run(out_tsv, job, start, share, columns=2, workers=workers, max_bad=max_bad)
 
 
-def checked_file(data: bytes) -> bytes:
-    """Return an encoded picture that can be decoded; raises ImageError."""
-    from git_model.datasets.images import decode_image
-
-    decode_image(data)
-    return data
-
-
-def _proposed(proposer: RegionProposer, data: bytes) -> list[FourNumbers]:
+def _proposed(proposer: RegionProposer, picture: Image) -> list[FourNumbers]:
     """Return the whole of a picture and what a proposer finds in it."""
-    from git_model.datasets.images import decode_image
-
-    picture = decode_image(data)
     return [(0.0, 0.0, float(picture.width), float(picture.height)), *proposer(picture)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,11 @@ def fingerprint(paths: Sequence[str | Path | None]) -> str:
                 status = file.stat()
                 digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
     return digest.hexdigest()
+
+
+def job_of(paths: Sequence[str | Path | None], *settings: Any) -> str:
+    """Return the identity of a batch task: its files (see `fingerprint`), and settings that JSON can hold."""
+    return hashlib.sha256(json.dumps([fingerprint(paths), *settings]).encode()).hexdigest()
 
 
 def open_checkpoint(model_path: str, architecture: dict[str, Any], device: str = "cpu") -> Loaded:

@@ -1,4 +1,4 @@
-"""Pictures that are written: boxes with their texts drawn in."""
+"""Pictures that are read whole, and written with boxes and their texts drawn in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from git_model.datasets.files import write_all
-from git_model.errors import UserError, one_of
+from git_model.errors import ImageError, UserError, one_of
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def read_picture(path: str) -> Image.Image:
+    """Return the picture of a file that a user named; raises UserError for what is none."""
+    from git_model.datasets.images import decode_image, read_image
+
+    data = read_image(path)
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        raise UserError(f"{path} is no usable picture: {error.reason}") from error
 
 
 def annotated(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Image.Image:

@@ -108,6 +108,7 @@ class Speaker:
         return replace(done, answer=text, record=record)
 
     def _say(self, turns: Sequence[str], pictures: Sequence[Picture], how: Settings) -> str:
+        from git_model.datasets.images import decode_image
         from git_model.tasks.captioner import GitCaptioner
 
         decoding = how.decoding()
@@ -123,8 +124,9 @@ class Speaker:
             target = self.captioner.shortened(turns, regions, decoding.longest)
         first = target.regions[0].image if target.regions else 0  # what was left out is the beginning
         kept = replace(target, regions=tuple(Region(r.image - first, r.box) for r in target.regions))
+        seen = [decode_image(picture.data) for picture in pictures[first:]]
         try:
-            return self.captioner.ask([self.captioner.see([p.data for p in pictures[first:]], [kept])], decoding)[0]
+            return self.captioner.ask([self.captioner.see(seen, [kept])], decoding)[0]
         except ImageError as error:
             raise UserError(f"the box cannot be used: {error}") from error
 

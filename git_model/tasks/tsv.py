@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -45,15 +44,14 @@ def caption_tsv(
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.datasets.asking import AskRows
     from git_model.datasets.files import refuse_overwriting
-    from git_model.tasks.opening import fingerprint
+    from git_model.tasks.opening import job_of
 
     check_files(out_tsv, image_tsv, question_tsv)
     model.check()
     refuse_overwriting(out_tsv, image_tsv, question_tsv, model.model_path, search.answer_list)
     answers, decoding = search.answers(), search.decoding()
-    settings = [prompt, answers, asdict(search), asdict(replace(model, device=""))]
-    files = fingerprint([model.model_path, image_tsv, question_tsv])
-    job = hashlib.sha256(json.dumps([files, *settings]).encode()).hexdigest()
+    files = [model.model_path, image_tsv, question_tsv]
+    job = job_of(files, prompt, answers, asdict(search), asdict(replace(model, device="")))
 
     def start() -> tuple[AskRows, Answer, int]:
         captioner = model.open()
