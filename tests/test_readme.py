@@ -68,3 +68,11 @@ def test_the_makefiles_tasks_resolve(root: Path) -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     texts = re.findall(r'inference.py -p "(.*?)"', makefile, re.DOTALL)
     assert [resolve(parse_params(text))[0].__name__ for text in texts] == ["make_shapes", "evaluate"]
+
+
+def test_every_recipe_is_in_the_image(root: Path) -> None:
+    definition = (root / "container.def").read_text(encoding="utf-8")
+    recipes = sorted(path.relative_to(root).as_posix() for path in root.glob("checkpoints/*/config.yml"))
+    assert len(recipes) >= 5
+    for recipe in recipes:
+        assert f"    {recipe} /opt/generative-image-to-text/{recipe}\n" in definition
