@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from paging import page_of
 from PIL import Image
 from test_dense import BOXES, SIZE, checkpoint, saved_png
 from tiny import byte_tokenizer, config
@@ -31,6 +31,7 @@ from git_model.datasets.collate import Collator, Loaded
 from git_model.datasets.images import Transform
 from git_model.errors import UserError
 from git_model.models.build import build_model
+from git_model.tasks.captioner import open_captioner
 from git_model.tasks.picture import COLOURS
 from git_model.tasks.registry import run
 from git_model.tasks.session import MAX_PICTURES, Session
@@ -63,28 +64,8 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def address(model: str, photo: str) -> Iterator[str]:
-    """A server, started as a user does."""
-    params = {"type": "demo", "model_path": model, "port": 0, "max_new_tokens": NEW, "examples": [photo]}
-    command = [sys.executable, "inference.py", "-p", json.dumps(params)]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stderr is not None
-    assert process.stdout is not None
-    lines: list[str] = []
-    found = None
-    for line in process.stderr:
-        lines.append(line.decode())
-        if found := re.search(r"the page is at (http://127\.0\.0\.1:\d+)/", lines[-1]):
-            break
-    assert found, "".join(lines)
-    reader = threading.Thread(target=lambda: lines.extend(line.decode() for line in process.stderr))  # type: ignore[union-attr]
-    reader.start()
-    yield found[1]
-    process.terminate()
-    assert process.wait(20) == 0, "".join(lines)
-    assert json.loads(process.stdout.read())["url"].startswith(found[1])
-    reader.join(10)
-    assert "Traceback" not in "".join(lines)
+    with page_of(model_path=model, max_new_tokens=NEW, examples=[photo]) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +411,6 @@ def test_settings() -> None:
 
 
 def test_limits_of_a_session(model: str, photo: str) -> None:
-    from git_model.tasks.captioner import open_captioner
-
     speaker = Speaker(open_captioner(model, {}, "cpu"), model)
     how = Settings(1, False, 1.0, 4)
     data = Path(photo).read_bytes()
@@ -454,6 +433,19 @@ def test_limits_of_a_session(model: str, photo: str) -> None:
     for _ in range(9):  # longer than the model holds: the oldest turns make room, each with its picture
         one = speaker.asked(one, "what?", how).uploaded([data])
     assert len(one.turns) == 9
+
+
+def test_visitors_that_are_answered_at_the_same_time_get_their_own_answers(model: str, tmp_path: Path) -> None:
+    """Gradio lets one in at a time; the model itself keeps nothing of anybody either."""
+    speaker, how = Speaker(open_captioner(model, {}, "cpu"), model), Settings.checked((1, False, 1.0, NEW), 5, 100)
+    files = [Path(saved_png(tmp_path / f"{seed}.png", seed)).read_bytes() for seed in range(2)]
+    waiting = [Session().uploaded([data]).boxed(box) for data in files for box in BOXES]
+    alone = [speaker.described(session, "", how).answer for session in waiting]
+    assert len(set(alone)) > 2
+    order = [number % len(waiting) for number in range(200)]
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda number: speaker.described(waiting[number], "", how).answer, order))
+    assert said == [alone[number] for number in order]
 
 
 def test_a_taken_port_and_a_wrong_example(model: str, photo: str, tmp_path: Path) -> None:

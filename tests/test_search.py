@@ -94,6 +94,18 @@ def test_texts_are_those_of_transformers(architecture: str, mode: str, search: s
         assert len({len(ids) for ids in expected}) > 1, "some end before others"
 
 
+@pytest.mark.parametrize("search", ["greedy", "4 beams"])
+def test_when_the_time_is_over_a_text_ends_with_what_there_is(search: str) -> None:
+    language, decoding = ending(language_model("gpt2")), SEARCHES[search]
+    assert found(language, replace(decoding, max_time=600.0), 3, plain=False) == found(
+        language, decoding, 3, plain=False
+    )
+    one = said(language, replace(decoding, max_new_tokens=1), 3, plain=False)
+    ended = found(language, replace(decoding, max_time=0.0), 3, plain=False)
+    assert [ids[:1] for ids in ended[0]] == one
+    assert all(score < 0 for score in ended[1])
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 def test_answers_from_a_list(beams: int) -> None:
     language = language_model("gpt2", seed=3)

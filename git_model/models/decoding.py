@@ -24,6 +24,7 @@ class Decoding:
         temperature: of sampling.
         top_p: of sampling; 1 = off.
         seed: of sampling.
+        max_time: seconds after which a text ends with what there is (Hugging Face's name); None = never.
         answers: the only token sequences allowed; sets `max_new_tokens` to the longest.
     """
 
@@ -35,6 +36,7 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    max_time: float | None = None
     answers: AnswerTrie | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ class Decoding:
             temperature=self.temperature if self.sample else None,
             top_p=self.top_p if self.sample else None,
             top_k=0 if self.sample else None,
+            max_time=self.max_time,
             eos_token_id=eos_id,
             pad_token_id=pad_id,
             **others,

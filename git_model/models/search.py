@@ -8,6 +8,8 @@ once, no cache is ever reordered, and rows that are through leave the batch. The
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -132,7 +134,7 @@ class Single:
         self.which = torch.arange(count, device=device)  # (G,) of those still at work
         self.dice = torch.Generator().manual_seed(decoding.seed)
 
-    def step(self, step: int, logits: Tensor) -> tuple[Tensor, None, Tensor]:
+    def step(self, step: int, logits: Tensor, last: bool) -> tuple[Tensor, None, Tensor]:
         """Return the next tokens (G,1), None, and who is through (G,), of logits (G,1,V)."""
         scores = self._forbid(step, logits[:, 0])  # (G,V)
         if self.decoding.sample:
@@ -169,12 +171,13 @@ class Beams:
         self.sums = torch.zeros(count, device=device)  # (all G,) log-probabilities of the tokens found
         self.is_ended = torch.zeros(count, beams, dtype=torch.bool, device=device)
 
-    def step(self, step: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, step: int, logits: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the next tokens and the beams they follow, (G,beams) each, and who is through (G,).
 
         Args:
             step: from 0.
             logits: (G,beams,V), or (G,1,V) for the first step.
+            last: whether every text ends here.
         """
         beams, power = self.decoding.beams, self.decoding.length_penalty
         odds = F.log_softmax(logits, dim=-1).expand(-1, beams, -1)  # (G,beams,V)
@@ -184,7 +187,7 @@ class Beams:
         parents, tokens = index // total.shape[2], index % total.shape[2]
         lines = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))  # (G,2 beams,new)
         lines[:, :, step] = tokens
-        ends = (tokens == self.eos_id) | (step + 1 == self.decoding.longest)  # (G,2 beams)
+        ends = (tokens == self.eos_id) | last  # (G,2 beams)
 
         self.scores, running = (best + ends.float() * FAR).topk(beams)  # (G,beams)
         self.tokens = _pick(lines, running)
@@ -215,10 +218,12 @@ def search(
     tree = Tree(language, embeds, batch, decoding.beams)
     kind = Beams if decoding.beams > 1 else Single
     choice = kind(len(tree.row), decoding, eos_id, pad_id, embeds.device)
+    until = time.monotonic() + (math.inf if decoding.max_time is None else decoding.max_time)
     logits = tree.plant()
     for step in range(decoding.longest):
-        tokens, parents, over = choice.step(step, logits)
-        if step + 1 == decoding.longest or bool(over.all()):
+        last = step + 1 == decoding.longest or time.monotonic() > until
+        tokens, parents, over = choice.step(step, logits, last)
+        if last or bool(over.all()):
             break
         if bool(over.any()):
             alive = ~over

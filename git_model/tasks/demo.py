@@ -30,6 +30,8 @@ def demo(
     max_waiting: Annotated[int, Range(1, 1000)] = 20,
     max_beams: Annotated[int, Range(1, 5)] = 5,
     max_new_tokens: Annotated[int, Range(1, 100)] = 100,
+    max_seconds: Annotated[int, Range(1, 3600)] = 60,
+    per_minute: int | None = None,
     model: ModelOptions,
 ) -> dict[str, Any]:
     """Show a model as a web page until Ctrl-C: click at a box to have it described, or ask about pictures.
@@ -40,11 +42,14 @@ def demo(
     examples: pictures to begin with.
     max_waiting: requests that may wait; one is answered at a time.
     max_beams, max_new_tokens: the most a visitor may ask for.
+    max_seconds: of an answer; it ends then with what there is.
+    per_minute: answers that one address gets, 0 = all it asks for; null = 0 on this machine alone, else 10.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs Gradio: pip install 'generative-image-to-text[demo]'")
+    if any(importlib.util.find_spec(name) is None for name in ("gradio", "pebble")):
+        raise UserError("the page needs Gradio and pebble: pip install 'generative-image-to-text[demo]'")
     model.check()
     from git_model.datasets.images import read_image
+    from git_model.tasks.guard import LOOPBACK
     from git_model.tasks.session import opened
 
     pictures = []
@@ -53,6 +58,10 @@ def demo(
             pictures.append(opened(read_image(path)))
         except UserError as error:
             raise UserError(f"examples: {path}: {error}") from error
+    if per_minute is None:
+        per_minute = 10 if share or host not in LOOPBACK else 0
+    elif per_minute < 0:
+        raise UserError(f"per_minute is {per_minute}; 0 or more")
     port = free_port(host, port)
     with tempfile.TemporaryDirectory(prefix="captioner-page-") as folder:
         # read by Gradio while it is imported, or a component made
@@ -60,7 +69,8 @@ def demo(
         from git_model.tasks.page import Page
         from git_model.tasks.speaker import Speaker
 
-        page = Page(Speaker(model.open(), model.model_path), pictures, max_beams, max_new_tokens)
+        speaker = Speaker(model.open(), model.model_path, max_seconds)
+        page = Page(speaker, pictures, max_beams, max_new_tokens, per_minute)
         url = page.launch(host, port, share, max_waiting)
         log.info("the page is at %s; Ctrl-C ends it", url)
         _wait(page)

@@ -8,29 +8,22 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.data_classes import Base64ImageData
 from PIL import Image
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from git_model.errors import ImageError, UserError
+from git_model.tasks.guard import LOOPBACK, Guard, Pace, Sandbox
 from git_model.tasks.session import MAX_UPLOAD, MODES, Picture, Session
 from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SESSIONS = 32  # whose pictures are kept; the longest unused are forgotten first
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-# Gradio's own scripts are in the page and build functions; everything else comes from this server or from nowhere
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'"
-)
 CSS = """
 .gradio-container { max-width: 56rem !important; margin: 0 auto !important; overflow-wrap: anywhere; }
 #picture img { cursor: crosshair; max-height: 75vh; }
@@ -49,11 +42,14 @@ class Page:
         examples: pictures to begin with.
         max_beams: the most a visitor may ask for.
         max_new_tokens: likewise.
+        per_minute: answers that one address gets; 0 = as many as it asks for.
     """
 
-    def __init__(self, speaker: Speaker, examples: Sequence[Picture], max_beams: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, speaker: Speaker, examples: Sequence[Picture], max_beams: int, max_new_tokens: int, per_minute: int = 0
+    ) -> None:
         self.speaker, self.examples = speaker, examples
-        self.limits = (max_beams, max_new_tokens)
+        self.limits, self.pace, self.sandbox = (max_beams, max_new_tokens), Pace(per_minute), Sandbox()
         with gr.Blocks(title="Captions of pictures", analytics_enabled=False, delete_cache=(600, 600)) as self.blocks:
             self._lay_out()
             self._connect()
@@ -67,20 +63,21 @@ class Page:
             share: open a public tunnel, too.
             max_waiting: requests that may wait.
         """
-        names = () if share or host not in LOOPBACK else LOOPBACK
+        checks = {"names": () if share or host not in LOOPBACK else LOOPBACK, "same_site": not share}
         plain = gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")])
         self.blocks.queue(default_concurrency_limit=1, max_size=max_waiting, api_open=False)
         _, local, public = self.blocks.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, inbrowser=False,
             max_file_size=MAX_UPLOAD, allowed_paths=[], state_session_capacity=SESSIONS, ssr_mode=False, pwa=False,
             mcp_server=False, enable_monitoring=False, show_error=False, footer_links=[], theme=plain, css=CSS,
-            app_kwargs={"middleware": [Middleware(Guard, names=names)]},
+            app_kwargs={"middleware": [Middleware(Guard, **checks)]},
         )  # fmt: skip
         return public or local
 
     def close(self) -> None:
         """Stop answering."""
         self.blocks.close(verbose=False)
+        self.sandbox.close()
 
     def _lay_out(self) -> None:
         boxes = self.speaker.reads_boxes
@@ -135,7 +132,7 @@ class Page:
             return self._tried(session, lambda: session.clicked(*event.index) if self.speaker.reads_boxes else session)
 
         def chosen(session: Session, event: gr.SelectData) -> list[Any]:
-            return self._tried(session, lambda: session.uploaded([self.examples[event.index].data]))
+            return self._tried(session, lambda: session.uploaded([self.examples[event.index].data], self.sandbox))
 
         def picked(session: Session, number: int | None) -> list[Any]:
             return self._tried(session, lambda: session.picked(number or 0))
@@ -143,8 +140,9 @@ class Page:
         def restarted(session: Session, mode: str) -> list[Any]:
             return self._tried(session, lambda: session.restarted(mode))
 
-        def described_if_due(session: Session, prompt: str, *controls: Any) -> list[Any]:
-            return self._tried(session, lambda: self._described(session, prompt, controls) if session.due else session)
+        def described_if_due(session: Session, request: gr.Request, prompt: str, *controls: Any) -> list[Any]:
+            asked = [session, request, prompt, controls]
+            return self._tried(session, lambda: self._described(*asked) if session.due else session)
 
         asking = [self.session, self.prompt, *self.controls]
         click = self.picture.select(clicked, [self.session], seen, **HIDDEN)
@@ -161,13 +159,17 @@ class Page:
         self.question.submit(self._asked, typed, [*seen, self.question], api_visibility="private", **MODEL)
 
     def _uploaded(self, session: Session, files: list[bytes] | None) -> list[Any]:
-        return self._tried(session, lambda: session.uploaded(files or []))
+        return self._tried(session, lambda: session.uploaded(files or [], self.sandbox))
 
-    def _typed(self, session: Session, prompt: str, *values: Any) -> list[Any]:
-        return self._tried(session, lambda: self._described(self._boxed(session, values[:4]), prompt, values[4:]))
+    def _typed(self, session: Session, request: gr.Request, prompt: str, *values: Any) -> list[Any]:
+        def describe() -> Session:
+            return self._described(self._boxed(session, values[:4]), request, prompt, values[4:])
 
-    def _asked(self, session: Session, question: str, *values: Any) -> list[Any]:
+        return self._tried(session, describe)
+
+    def _asked(self, session: Session, request: gr.Request, question: str, *values: Any) -> list[Any]:
         def ask() -> Session:
+            self._count(request)
             how = Settings.checked(values[4:], *self.limits)
             return self.speaker.asked(self._boxed(session, values[:4]), question, how)
 
@@ -177,8 +179,12 @@ class Page:
     def _boxed(self, session: Session, corners: Sequence[Any]) -> Session:
         return session.boxed(corners) if session.pictures and self.speaker.reads_boxes else session
 
-    def _described(self, session: Session, prompt: str, controls: Sequence[Any]) -> Session:
+    def _described(self, session: Session, request: gr.Request, prompt: str, controls: Sequence[Any]) -> Session:
+        self._count(request)
         return self.speaker.described(session, prompt, Settings.checked(controls, *self.limits))
+
+    def _count(self, request: gr.Request) -> None:
+        self.pace.check(request.client.host if request.client else "")
 
     def _tried(self, session: Session, change: Callable[[], Session]) -> list[Any]:
         """Return what the page shows after a change; after a failed one, all as it was and a message."""
@@ -226,42 +232,3 @@ def inline(picture: Image.Image | None) -> Base64ImageData | None:
 def _told(session: Session) -> str:
     """Return the dialogue as plain text."""
     return "\n".join(f"Question: {turn.question}\nAnswer: {turn.answer}" for turn in session.turns)
-
-
-class Guard:
-    """Refuses requests that another site's name was pointed here for, and forbids the page all foreign addresses.
-
-    Args:
-        app: what answers.
-        names: hosts that may be asked for; () = any.
-    """
-
-    def __init__(self, app: ASGIApp, names: Sequence[str] = ()) -> None:
-        self.app, self.names = app, names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            if scope["type"] != "websocket":
-                await self.app(scope, receive, send)
-            return
-        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
-                message["headers"] = [*message.get("headers", ()), *added]
-            await send(message)
-
-        if self.names and _name_of(host) not in self.names:
-            await marked({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"this page answers to this machine's own name only"})
-            return
-        await self.app(scope, receive, marked)
-
-
-def _name_of(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,12 @@ SHOWN_SIDES = (400, 1024)  # pixels; the browser gets smaller pictures enlarged,
 FREE = (-1.0, -1.0, -1.0, -1.0)  # all sides of the picture
 MODES = ("Describe", "Question")
 Mode = Literal["Describe", "Question"]
+Run = Callable[..., Any]
+
+
+def direct(function: Run, *args: Any) -> Any:
+    """Call a function here; see `guard.Sandbox` for elsewhere."""
+    return function(*args)
 
 
 @dataclass(frozen=True)
@@ -96,19 +102,23 @@ class Session:
         """The picture that is shown."""
         return self.pictures[self.chosen] if self.pictures else None
 
-    def uploaded(self, files: Sequence[bytes]) -> Session:
+    def uploaded(self, files: Sequence[bytes], run: Run = direct) -> Session:
         """Add pictures to the next question, or put one in the place of the one to describe.
+
+        Args:
+            files: encoded pictures.
+            run: what calls the decoder.
 
         Raises:
             UserError: too many, too large, or none that can be used.
         """
-        new = tuple(opened(data) for data in files)
         if self.mode == "Describe":
+            new = tuple(opened(data, run) for data in files[-1:])
             said = "Describe the whole picture, or click at two corners of a box."
-            return replace(self, pictures=new[-1:], chosen=0, corner=None, answer="", record="", message=said)
-        pictures = self.pictures + new
-        if len(pictures) > MAX_PICTURES:
-            raise UserError(f"{len(pictures)} pictures for one question; at most {MAX_PICTURES}")
+            return replace(self, pictures=new, chosen=0, corner=None, answer="", record="", message=said)
+        if (count := len(self.pictures) + len(files)) > MAX_PICTURES:
+            raise UserError(f"{count} pictures for one question; at most {MAX_PICTURES}")
+        pictures = (*self.pictures, *(opened(data, run) for data in files))
         said = f"Ask about {'the picture' if len(pictures) == 1 else f'the {len(pictures)} pictures'}."
         return replace(self, pictures=pictures, chosen=len(pictures) - 1, corner=None, message=said)
 
@@ -165,22 +175,31 @@ class Session:
         return replace(self, pictures=tuple(kept))
 
 
-def opened(data: bytes) -> Picture:
+def opened(data: bytes, run: Run = direct) -> Picture:
     """Return a picture as the page keeps it.
+
+    Args:
+        data: its file.
+        run: what calls the decoder.
 
     Raises:
         UserError: too large, or none that can be used.
     """
-    from git_model.datasets.images import decode_image
-
     if len(data) > MAX_UPLOAD:
         raise UserError(f"the file has {len(data)} bytes; at most {MAX_UPLOAD} ({MAX_UPLOAD // 2**20} MB)")
     try:
-        picture = decode_image(data)
+        return Picture(data, *run(looked_at, data))
     except ImageError as error:
         raise UserError(f"this is no usable picture: {error.reason}") from error
+
+
+def looked_at(data: bytes) -> tuple[tuple[int, int], Image.Image]:
+    """Return a picture's width and height, and the picture as it is shown; raises ImageError."""
+    from git_model.datasets.images import decode_image
+
+    picture = decode_image(data)
     least, most = SHOWN_SIDES
     longest = max(picture.size)
     scale = most / longest if longest > most else -(-least // longest)
     shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    return Picture(data, picture.size, shown)
+    return picture.size, shown

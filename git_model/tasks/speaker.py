@@ -68,6 +68,7 @@ class Speaker:
 
     captioner: GitCaptioner | PublishedCaptioner
     model_path: str
+    max_seconds: float | None = None  # of an answer
 
     @property
     def reads_boxes(self) -> bool:
@@ -111,7 +112,7 @@ class Speaker:
         from git_model.datasets.images import decode_image
         from git_model.tasks.captioner import GitCaptioner
 
-        decoding = how.decoding()
+        decoding = replace(how.decoding(), max_time=self.max_seconds)
         if not isinstance(self.captioner, GitCaptioner):
             if len(turns) > 1 or len(pictures) > 1:
                 raise UserError("this model answers single questions about one picture; restart for the next")
