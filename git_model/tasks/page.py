@@ -141,8 +141,10 @@ class Page:
             return self._tried(session, lambda: session.restarted(mode))
 
         def described_if_due(session: Session, request: gr.Request, prompt: str, *controls: Any) -> list[Any]:
-            asked = [session, request, prompt, controls]
-            return self._tried(session, lambda: self._described(*asked) if session.due else session)
+            def describe() -> Session:
+                return self._described(session, request, prompt, controls) if session.due else session
+
+            return self._tried(session, describe)
 
         asking = [self.session, self.prompt, *self.controls]
         click = self.picture.select(clicked, [self.session], seen, **HIDDEN)
