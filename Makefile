@@ -47,6 +47,7 @@ soak: $(READY)
 	$(BIN)/python train.py --config checkpoints/rsicd/config.yml --data_dir $(DATA)/rsicd
 	$(BIN)/python -m pytest -m soak -s tests/test_end_to_end.py
 	$(BIN)/python -m benchmarks.region_gates
+	$(BIN)/python -m benchmarks.paragraph_gates
 	GIT_MODEL_FUZZ=20000 GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_tsv_task.py
 	GIT_MODEL_KILLS=1000 $(BIN)/python -m pytest -s tests/test_lost_runs.py -k test_kills
 	GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_download.py -k killed

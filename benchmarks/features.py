@@ -142,7 +142,7 @@ def compare(epoch: Epoch, captions: Captions, options: Options) -> Result:
         timing = harness.alternate({"original": theirs, "ours": epoch_of_ours}, rounds, device, warmups=0)
         flops = {"original": harness.count_flops(theirs) / sample, "ours": harness.count_flops(epoch_of_ours) / count}
     images = {"original": sample, "ours": count}
-    timing = harness.Timing({side: [s / images[side] for s in times] for side, times in timing.seconds.items()})
+    timing = timing.each(images)
     ratio = timing.ratio("original", "ours")
     rates = {side: 1 / timing.median(side) for side in images}
     print(

@@ -96,6 +96,10 @@ class Timing:
         """Return the middle of a side's times."""
         return statistics.median(self.seconds[side])
 
+    def each(self, images: Mapping[str, int]) -> Timing:
+        """Return the times of one picture, of sides that work on so many."""
+        return Timing({side: [s / images[side] for s in times] for side, times in self.seconds.items()})
+
     def ratio(self, other: str, ours: str) -> Ratio:
         """Return other / ours: above 1, ours is faster. A disturbance that lasts a round hits both sides of it."""
         each = tuple(a / b for a, b in zip(self.seconds[other], self.seconds[ours], strict=True))

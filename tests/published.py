@@ -77,6 +77,25 @@ def save(architecture: str, folder: Path) -> Path:
     return folder
 
 
+def save_clip(folder: Path) -> str:
+    """Write a CLIP of both towers."""
+    torch.manual_seed(0)
+    words = word_tokenizer(True)
+    body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {**body, "vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": 3, "pad_token_id": 0}
+    config = hf.CLIPConfig(
+        text_config=text, vision_config={**body, "image_size": SIDE, "patch_size": 8}, projection_dim=24
+    )
+    model = hf.CLIPModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.2)
+    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    model.save_pretrained(folder)
+    hf.CLIPProcessor(pictures, words).save_pretrained(folder)
+    return str(folder)
+
+
 def save_joined(folder: Path) -> Path:
     """Write an encoder and a decoder joined by hand (as vit-gpt2-image-captioning is): no processor, no prompt."""
     torch.manual_seed(0)

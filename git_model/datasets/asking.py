@@ -52,6 +52,46 @@ class AskRow:
     detail: str = ""
 
 
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class FolderRows:
+    """The pictures of a folder and those below it, in the order of their names, which are the keys.
+
+    Args:
+        folder: with files that end as pictures do.
+        prepare: encoded picture -> what the model takes.
+
+    Raises:
+        UserError: no such folder, no picture in it, or a name that no TSV can hold.
+    """
+
+    def __init__(self, folder: Path, prepare: Callable[[bytes], Any]) -> None:
+        self.prepare = prepare
+        if not folder.is_dir():
+            raise UserError(f"no folder '{folder}'")
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+        self.files = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+        if not self.files:
+            raise UserError(f"the folder '{folder}' has no pictures ({', '.join(PICTURE_ENDINGS)})")
+        if wrong := [key for key in self.files if set(key) & set("\t\r\n")]:
+            raise UserError(f"{wrong[0]!r}: a name with a tab or a line's end cannot be a key")
+        self.keys = list(self.files)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> AskRow:
+        key = self.keys[row]
+        asked = (Question(""),)
+        try:
+            return AskRow(row, key, self.prepare(self.files[key].read_bytes()), asked)
+        except ImageError as error:
+            return AskRow(row, key, None, asked, error.reason, f"{self.files[key]}: {error}")
+        except OSError as error:
+            return AskRow(row, key, None, asked, "unreadable", f"{self.files[key]}: {error.strerror}")
+
+
 class AskRows:
     """The rows, read at random, in any process.
 

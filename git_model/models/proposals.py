@@ -14,6 +14,8 @@ from PIL import Image
 from git_model.errors import UserError, one_of
 
 PixelBox = tuple[int, int, int, int]
+Mask = np.ndarray  # (h,w) bool, of the whole picture, at most LONG_SIDE pixels long
+Proposed = tuple[PixelBox, Mask | None]
 GRID = (1, 2, 3)  # boxes that fit beside each other along a side; neighbours overlap by half
 SEGMENTS = (50.0, 200.0, 800.0)  # scales of the graph segmentation: larger ones give larger parts
 LONG_SIDE = 384  # pixels, of the picture that is segmented
@@ -41,13 +43,30 @@ class RegionProposer:
         self.sam: Any = _load_sam(sam_model, device) if kind == "sam" else None
 
     def __call__(self, picture: Image.Image) -> list[PixelBox]:
-        """Return the boxes, the whole picture not among them; the same for the same picture."""
-        found = PROPOSALS[self.kind](self, picture)
-        whole = (0, 0, picture.width, picture.height)
-        least = LEAST * picture.width * picture.height
-        kept = [b for b in dict.fromkeys(found) if b != whole and (b[2] - b[0]) * (b[3] - b[1]) >= least]
-        sizes = [-float((b[2] - b[0]) * (b[3] - b[1])) for b in kept]
-        return [kept[i] for i in suppressed(kept, [-size for size in sizes], ALIKE)]
+        """Return the boxes, the whole picture not among them, largest first; the same for the same picture."""
+        return [box for box, _ in self.regions(picture)]
+
+    def regions(self, picture: Image.Image) -> list[Proposed]:
+        """Return the boxes with what in them belongs together, where the kind tells that."""
+        masks: dict[PixelBox, Mask | None] = {}
+        for box, mask in PROPOSALS[self.kind](self, picture):
+            masks.setdefault(box, mask)
+        whole, least = (0, 0, picture.width, picture.height), LEAST * picture.width * picture.height
+        kept = [box for box in masks if box != whole and area_of(box) >= least]
+        return [(kept[i], masks[kept[i]]) for i in suppressed(kept, [area_of(box) for box in kept], ALIKE)]
+
+
+def area_of(box: PixelBox) -> float:
+    """Return a box's pixels."""
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def masked(picture: Image.Image, box: PixelBox, mask: Mask | None) -> Image.Image:
+    """Return what is in a box, black where the mask says it does not belong to it."""
+    if mask is None:
+        return picture.crop(box)
+    shown = Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(picture, Image.new("RGB", picture.size), shown).crop(box)
 
 
 def suppressed(boxes: list[Any], scores: list[float], overlap: float) -> list[int]:
@@ -73,17 +92,17 @@ def suppressed(boxes: list[Any], scores: list[float], overlap: float) -> list[in
     return kept
 
 
-def _grid(_: RegionProposer, picture: Image.Image) -> Iterator[PixelBox]:
+def _grid(_: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
     for across in GRID:
         for down in GRID:
             width, height = picture.width / across, picture.height / down
             for row in range(2 * down - 1):
                 for column in range(2 * across - 1):
                     left, top = column * width / 2, row * height / 2
-                    yield round(left), round(top), round(left + width), round(top + height)
+                    yield (round(left), round(top), round(left + width), round(top + height)), None
 
 
-def _graph(proposer: RegionProposer, picture: Image.Image) -> Iterator[PixelBox]:
+def _graph(proposer: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
     small = picture.convert("RGB")
     small.thumbnail((LONG_SIDE, LONG_SIDE))
     pixels = np.asarray(small)
@@ -91,13 +110,13 @@ def _graph(proposer: RegionProposer, picture: Image.Image) -> Iterator[PixelBox]
     for scale in SEGMENTS:
         parts = proposer.segment(pixels, scale=scale, sigma=0.8, min_size=max(20, pixels[..., 0].size // 200))  # (h,w)
         for part in range(int(parts.max()) + 1):
-            rows, columns = np.nonzero(parts == part)
-            if len(rows):
-                left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-                yield round(left * across), round(top * down), round(right * across), round(bottom * down)
+            mask = parts == part
+            if mask.any():
+                left, top, right, bottom = _around(mask)
+                yield (round(left * across), round(top * down), round(right * across), round(bottom * down)), mask
 
 
-def _sam(proposer: RegionProposer, picture: Image.Image) -> Iterator[PixelBox]:
+def _sam(proposer: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
     import torch
 
     model, processor = proposer.sam
@@ -116,12 +135,18 @@ def _sam(proposer: RegionProposer, picture: Image.Image) -> Iterator[PixelBox]:
             (masks,) = processor.post_process_masks(out.pred_masks.cpu(), *sizes)  # (points,3,H,W) bool
             good = out.iou_scores[0].cpu() >= 0.88  # (points,3), SAM's own threshold
             for mask in masks[good].numpy():
-                rows, columns = np.nonzero(mask)
-                if len(rows):
-                    yield int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+                if mask.any():
+                    small = Image.fromarray(mask)
+                    small.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.NEAREST)
+                    yield _around(mask), np.asarray(small)
 
 
-PROPOSALS: dict[str, Callable[[RegionProposer, Image.Image], Iterator[PixelBox]]] = {
+def _around(mask: Mask) -> PixelBox:
+    rows, columns = np.nonzero(mask)
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+PROPOSALS: dict[str, Callable[[RegionProposer, Image.Image], Iterator[Proposed]]] = {
     "grid": _grid,
     "graph": _graph,
     "sam": _sam,

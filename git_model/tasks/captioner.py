@@ -33,8 +33,8 @@ class Captioner(Protocol):
 
     shares: bool  # whether prompts of a picture are answered together
 
-    def prepare(self, data: bytes) -> Any:
-        """Return an encoded picture as the model takes it; raises ImageError. Runs in worker processes."""
+    def prepare(self, data: bytes | Image) -> Any:
+        """Return a picture, or a file of one, as the model takes it; raises ImageError. Runs in worker processes."""
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """Return what is computed once for a picture, however much is asked about it."""
@@ -206,11 +206,11 @@ class PublishedCaptioner:
     def __init__(self, model: PublishedModel, prompt_format: str) -> None:
         self.model, self.prompt_format = model, prompt_format
 
-    def prepare(self, data: bytes) -> Any:
+    def prepare(self, data: bytes | Image) -> Any:
         """Return the RGB picture: the model's own processor does the rest."""
         from git_model.datasets.images import decode_image
 
-        return decode_image(data)
+        return decode_image(data) if isinstance(data, bytes) else data
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """Return the pictures: these models keep their features to themselves."""

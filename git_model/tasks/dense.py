@@ -25,11 +25,11 @@ FourNumbers = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Said:
-    """A box in pixels of the upright picture, its text, and the mean log-probability of the text's tokens."""
+    """A box in pixels of the upright picture, its text, and the mean log-probability of the text's tokens, if known."""
 
     box: FourNumbers
     text: str
-    score: float
+    score: float | None
 
 
 def dense_caption(
@@ -99,10 +99,10 @@ def describe(
 
 
 def best(found: Sequence[Said], top_k: int, overlap: float) -> list[Said]:
-    """Return the surest ones, best first, without those that a surer one overlaps."""
+    """Return the surest ones, best first, without those that a surer one overlaps; unknown scores are all alike."""
     from git_model.models.proposals import suppressed
 
-    kept = suppressed([said.box for said in found], [said.score for said in found], overlap)
+    kept = suppressed([said.box for said in found], [said.score or 0.0 for said in found], overlap)
     return [found[i] for i in kept[:top_k]]
 
 
@@ -175,4 +175,4 @@ def _row(key: str, found: Sequence[Said]) -> tuple[str, str]:
     """Return a row of a region TSV: key, JSON of texts, boxes (`rect`) and scores (`conf`)."""
     from git_model.datasets.records import json_cell
 
-    return key, json_cell([{"caption": s.text, "rect": list(s.box), "conf": round(s.score, 6)} for s in found])
+    return key, json_cell([{"caption": s.text, "rect": list(s.box), "conf": round(s.score or 0.0, 6)} for s in found])

@@ -47,6 +47,35 @@ def annotated(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]
     return drawn
 
 
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """Return a picture over a strip with a text, whose lines are as wide as the picture allows."""
+    font = ImageFont.load_default(max(12, picture.width // 40))
+    margin, width = max(4, picture.width // 80), max(picture.width, 160)
+    lines = wrapped(text, font, width - 2 * margin)
+    height = sum(font.getmetrics()) + 2 if isinstance(font, ImageFont.FreeTypeFont) else 14
+    whole = Image.new("RGB", (width, picture.height + len(lines) * height + 2 * margin), "white")
+    whole.paste(picture, ((width - picture.width) // 2, 0))
+    pen = ImageDraw.Draw(whole)
+    for number, line in enumerate(lines):
+        pen.text((margin, picture.height + margin + number * height), line, fill="black", font=font)
+    return whole
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """Return the lines of a text, none wider than `width` pixels; a word that is gets broken."""
+    lines, line = [], ""
+    for word in text.split():
+        if font.getlength(f"{line} {word}".strip()) <= width:
+            line = f"{line} {word}".strip()
+            continue
+        lines += [line] if line else []
+        line = word
+        while font.getlength(line) > width and len(line) > 1:
+            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            lines, line = [*lines, line[:fits]], line[fits:]
+    return [*lines, line] if line else lines
+
+
 def check_name(path: str) -> Path:
     """Return the path of a picture that can be written.
 

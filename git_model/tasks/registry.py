@@ -17,7 +17,9 @@ from git_model.tasks.evaluate import evaluate
 from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_coco_format, convert_tsv_to_vqa_json
 from git_model.tasks.export_model import export
 from git_model.tasks.features import encode_features
+from git_model.tasks.paragraph import image_to_paragraph
 from git_model.tasks.params import Scalar, convert, show, to_node, wanted
+from git_model.tasks.retrieval import evaluate_retrieval
 from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
 from git_model.tasks.tsv import caption_tsv, merge_tsv_parts
 
@@ -44,6 +46,8 @@ TASKS: dict[str, Task] = {
     "encode_features": encode_features,
     "dense_caption": dense_caption,
     "dense_caption_tsv": dense_caption_tsv,
+    "image_to_paragraph": image_to_paragraph,
+    "evaluate_retrieval": evaluate_retrieval,
     "demo": demo,
 }
 

@@ -110,6 +110,38 @@ def write_caption_page(
     return path
 
 
+def write_retrieval_page(
+    path: Path, examples: Sequence[Mapping[str, Any]], figures: Mapping[str, float], image_tsv: str | None = None
+) -> Path:
+    """Write what texts found, misses first; return the page's path.
+
+    Args:
+        path: of the page.
+        examples: `key`, `text`, `rank`, and `found`: captions, with whether they are the picture's own.
+        figures: for the table.
+        image_tsv: where the pictures are; None shows none.
+    """
+    from git_model.datasets.files import write_all
+
+    pictures = _pictures(image_tsv, {str(e["key"]) for e in examples}) if image_tsv else {}
+    parts = []
+    for title, missed in (("Misses, the worst first", True), ("Hits", False)):
+        chosen = [example for example in examples if (example["rank"] > 1) == missed]
+        parts.append(f"<h2>{title}</h2>" if chosen else "")
+        for example in chosen:
+            listed = "".join(
+                f"<li class='{'right' if own else 'wrong'}'>{html.escape(text)}</li>" for text, own in example["found"]
+            )
+            told = f"the first of its own captions is number {example['rank']}"
+            body = f"<div class='said'>{html.escape(example['text'])}</div><ul>{listed}</ul>"
+            body += f"<div class='reference'>{told}</div>"
+            parts.append(_beside(pictures.get(str(example["key"]), b""), str(example["key"]), body))
+    rows = "".join(f"<tr><td>{name}</td><td>{figure:g}</td></tr>" for name, figure in figures.items())
+    lead = "Bold: a picture's text; under it the captions it finds first, green where they are the picture's own."
+    write_all([(path, [_page("Found by its text", lead, f"<table class='scores'>{rows}</table>", parts)])])
+    return path
+
+
 def _pictures(image_tsv: str, keys: Collection[str]) -> dict[str, bytes]:
     """Return the encoded pictures of some keys; an unreadable one is left out."""
     from git_model.datasets.records import TSVFile

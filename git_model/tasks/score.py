@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from git_model.errors import UserError
+from git_model.tasks.options import cache_folder
 
 if TYPE_CHECKING:
     from git_model.metrics.caption import CaptionScores
@@ -43,9 +43,8 @@ def evaluate_on_coco_caption(
     if subset:
         known = {str(key) for key in results}
         references = {key: texts for key, texts in references.items() if str(key) in known}
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "git_model" / "ptb"
-    found = caption_scores(results, references, metrics or METRICS, cache=cache)
-    out = _out(outfile, res_file, label_file, image_tsv)
+    found = caption_scores(results, references, metrics or METRICS, cache=cache_folder() / "ptb")
+    out = out_file(outfile, res_file, label_file, image_tsv)
     stem = out.with_suffix("")
     if res_file.endswith(".tsv"):
         coco = Path(res_file).with_name(Path(res_file).stem + "_coco_format.json")
@@ -86,7 +85,7 @@ def evaluate_on_vqa(
     if len(by_id) < len(answers):
         raise UserError(f"'{res_file}' answers {len(answers) - len(by_id)} questions more than once")
     found = vqa_accuracy(by_id, read_vqa_annotations(label_file), variant)
-    out = _out(outfile, res_file, label_file)
+    out = out_file(outfile, res_file, label_file)
     accuracy = {
         "overall": found.overall,
         "perAnswerType": found.per_answer_type,
@@ -99,11 +98,11 @@ def evaluate_on_vqa(
     return {"accuracy": accuracy, "variant": found.variant, **counts, "outfile": str(out)}
 
 
-def _out(outfile: str | None, res_file: str, *inputs: str | None) -> Path:
-    """Return where the scores go, beside the results unless told otherwise."""
+def out_file(outfile: str | None, res_file: str, *inputs: str | None, ending: str = ".eval.json") -> Path:
+    """Return where the scores go, beside the results unless told otherwise; raises UserError for an input's name."""
     from git_model.datasets.files import refuse_overwriting
 
-    out = Path(outfile) if outfile else Path(res_file).with_suffix(".eval.json")
+    out = Path(outfile) if outfile else Path(res_file).with_suffix(ending)
     refuse_overwriting(out, res_file, *inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
     return out

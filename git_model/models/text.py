@@ -1,0 +1,66 @@
+"""SentenceEncoder: texts -> unit vectors, by any model that sentence-transformers can load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from git_model.errors import UserError
+from git_model.models.hub import check_name, quiet_transformers
+
+DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class SentenceEncoder:
+    """A sentence encoder.
+
+    Args:
+        name: id of the hub, or a folder that sentence-transformers has written.
+        device: where it runs.
+
+    Raises:
+        UserError: the package is not installed, or there is no such model.
+    """
+
+    def __init__(self, name: str = DEFAULT, device: str = "cpu") -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise UserError(
+                "a sentence encoder needs sentence-transformers: pip install 'generative-image-to-text[prompts]'"
+            ) from error
+        self.name = name
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            if not (Path(name) / "modules.json").is_file():
+                raise UserError(f"{name} is a folder without modules.json and config.json: no sentence encoder")
+        else:
+            check_name(name, "sentence encoder")
+        with quiet_transformers():
+            try:
+                self.model = SentenceTransformer(name, device=device, trust_remote_code=False)
+            except Exception as error:  # whatever the readers of model files say of a bad one
+                raise UserError(f"cannot load the sentence encoder '{name}': {str(error).splitlines()[0]}") from error
+        self.dim = int(self.model.get_embedding_dimension() or 0)  # F
+
+    def __call__(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
+        """Return (n,F) float32 unit vectors; what a text becomes does not depend on the others.
+
+        Args:
+            texts: any number.
+            batch_size: texts at a time.
+            progress: show a bar on stderr.
+        """
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        distinct = list(dict.fromkeys(texts))
+        vectors = self.model.encode(
+            distinct,
+            batch_size=batch_size,
+            show_progress_bar=progress,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+        )
+        place = {text: i for i, text in enumerate(distinct)}
+        return np.asarray(vectors, dtype=np.float32)[[place[text] for text in texts]]

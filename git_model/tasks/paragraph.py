@@ -1,0 +1,131 @@
+"""Image to paragraph: captions of the whole and of its regions, what the largest are, and one text of it all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from git_model.errors import ImageError, UserError
+from git_model.tasks.dense import FourNumbers
+from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions, check_model_path
+from git_model.tasks.params import Range
+from git_model.tasks.teller import RegionOptions, Teller, WriterOptions
+
+
+def image_to_paragraph(
+    *,
+    image_path: str | None = None,
+    image_tsv: str | None = None,
+    out_tsv: str | None = None,
+    boxes: list[FourNumbers] | None = None,
+    region_tsv: str | None = None,
+    out_image: str | None = None,
+    regions: RegionOptions,
+    writing: WriterOptions,
+    model: ModelOptions,
+    search: SearchOptions,
+    share: PartOptions,
+    batch_size: Annotated[int, Range(1, 4096)] = 32,
+    workers: Annotated[int, Range(0, 256)] = 2,
+    max_bad: Annotated[float, Range(0, 1)] = 0.01,
+) -> dict[str, Any] | None:
+    """Write a paragraph about a picture, or about each of a folder's or an image TSV's; killed, a batch goes on.
+
+    image_path: a picture, or a folder of them; a folder and image_tsv need out_tsv.
+    boxes, region_tsv: regions to tell of, of the picture or of each row; without them they are proposed.
+    out_image: the picture with its regions over the paragraph.
+    caption_model, region_model: in place of model_path, for the whole picture or the regions; whole: tell of it.
+    largest: so many of the largest regions are named by the nearest of `phrases` (a file, one a line; `towers` is a
+        CLIP), without phrases by a caption of what is in the region alone.
+    writer: 'template', 'decoder' (the model itself) or 'openai' (base_url, writer_model, key_env); what breaks the
+        rules is written once more, then by the template.
+    """
+    from git_model.tasks.tsv import batch_run, check_files
+
+    folder = image_path is not None and Path(image_path).is_dir()
+    if (image_path is None) == (image_tsv is None):
+        raise UserError("give image_path or image_tsv")
+    if (folder or image_tsv) and out_tsv is None:
+        raise UserError("a folder or a TSV of pictures needs out_tsv")
+    if (folder or image_tsv) and (boxes or out_image):
+        raise UserError("boxes and out_image are for one picture; for a TSV's regions give region_tsv")
+    if region_tsv and not image_tsv:
+        raise UserError("region_tsv has the rows of image_tsv")
+    model.check()
+    for other in filter(None, (regions.caption_model, regions.region_model)):
+        check_model_path(other)
+    form = writing.form()
+    if not (folder or image_tsv):
+        from git_model.tasks.picture import annotated, captioned, check_name, read_picture, save_picture
+
+        if out_image is not None:
+            check_name(out_image)
+        picture = read_picture(str(image_path))
+        teller = Teller(model, regions, writing, form, search.decoding(), batch_size)
+        try:
+            told = teller.told(picture, boxes)
+        except ImageError as error:
+            raise UserError(f"boxes: {error}") from error
+        if out_image is not None:
+            drawn = annotated(picture, [(thing.box, thing.text) for thing in told.levels.regions])
+            save_picture(captioned(drawn, told.paragraph.text), out_image)
+        return {"image_path": image_path, **told.record()}
+
+    from git_model.datasets.asking import AskRow, AskRows, FolderRows
+    from git_model.datasets.files import refuse_overwriting
+    from git_model.datasets.images import decode_image
+    from git_model.datasets.records import json_cell
+    from git_model.tasks.journal import Done
+    from git_model.tasks.opening import job_of
+
+    out = str(out_tsv)
+    check_files(out, image_tsv, region_tsv)
+    refuse_overwriting(out, image_tsv, region_tsv, model.model_path)
+    given = rows_of(region_tsv) if region_tsv else None
+    files = [model.model_path, regions.caption_model, regions.region_model, regions.phrases, image_tsv, region_tsv]
+    found = FolderRows(Path(str(image_path)), decode_image) if folder else None
+    if found:
+        files += [str(path) for path in found.files.values()]
+    asked = [asdict(regions), {**asdict(writing), "writer_prompt": form}, asdict(search)]
+    job = job_of(files, "paragraph", *asked, asdict(replace(model, device="")))
+
+    def start() -> tuple[Any, Any, int]:
+        rows = found or AskRows(Path(str(image_tsv)), None, decode_image)
+        teller = Teller(model, regions, writing, form, search.decoding(), batch_size)
+
+        def one(row: AskRow) -> Done:
+            if row.error:
+                return Done((row.key, "[]"), row.error, row.detail)
+            try:
+                told = teller.told(row.picture, given[row.key] if given is not None else None)
+            except KeyError:
+                return Done((row.key, "[]"), "no_regions", f"key '{row.key}' is not in {region_tsv}")
+            except ImageError as error:
+                return Done((row.key, "[]"), error.reason, f"key '{row.key}': {error}")
+            record = told.record()
+            return Done((row.key, json_cell([{"caption": record.pop("paragraph"), **record}])))
+
+        return rows, lambda some: {row.row: one(row) for row in some}, 1
+
+    return batch_run(out, job, start, share, columns=2, workers=workers, max_bad=max_bad)
+
+
+def rows_of(region_tsv: str) -> dict[str, list[FourNumbers]]:
+    """Return the boxes of a region TSV by key: `key \\t [{"box" or "rect": [left, top, right, bottom]}]`.
+
+    Raises:
+        UserError: a row that is none.
+    """
+    from git_model.datasets.records import TSVFile
+
+    file, found = TSVFile(Path(region_tsv)), dict[str, list[FourNumbers]]()
+    for row in range(len(file)):
+        try:
+            key, cell = file[row][:2]
+            entries = json.loads(cell)
+            found[key] = [tuple(float(v) for v in e["box" if "box" in e else "rect"]) for e in entries]  # type: ignore[misc]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"row {row} of {region_tsv} holds no boxes: {error!r:.200}") from error
+    return found
