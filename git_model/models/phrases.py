@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from git_model.datasets.files import write_all
 from git_model.errors import UserError
 from git_model.models.hub import check_name, quiet_transformers
-
-log = logging.getLogger(__name__)
 
 # OpenAI's names -> where Hugging Face has the same weights with their text tower
 OPENAI_IDS = {
@@ -85,53 +79,23 @@ class PhraseBank:
     Args:
         phrases: any number; each once.
         towers: what makes the vectors.
-        cache: folder that keeps vectors between runs, by list and model; None keeps nothing.
+        vectors: (n,F) of the distinct phrases in their order, if they were made before (tasks/bank.py keeps them).
 
     Raises:
         UserError: an empty list.
     """
 
-    def __init__(self, phrases: Sequence[str], towers: TwoTowers, cache: Path | None = None) -> None:
+    def __init__(self, phrases: Sequence[str], towers: TwoTowers, vectors: np.ndarray | None = None) -> None:
         self.phrases, self.towers = list(dict.fromkeys(phrases)), towers
         if not self.phrases:
             raise UserError("a list of phrases is empty")
-        self.vectors = self._cached(cache)  # (n,F)
+        self.vectors = towers.texts(self.phrases) if vectors is None else vectors  # (n,F)
 
     def nearest(self, vectors: np.ndarray, most: int = 1) -> list[list[str]]:
         """Return the `most` nearest phrases of each vector (q,F), best first; equal ones in the list's order."""
         scores = np.round(vectors @ self.vectors.T, 6)  # (q,n)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :most]  # (q,most)
         return [[self.phrases[i] for i in row] for row in order]
-
-    def _cached(self, cache: Path | None) -> np.ndarray:
-        if cache is None:
-            return self.towers.texts(self.phrases)
-        told = "\0".join([self.towers.name, str(_version(self.towers)), *self.phrases])
-        path = cache / f"{hashlib.sha256(told.encode(errors='surrogatepass')).hexdigest()[:32]}.npy"
-        try:
-            found = np.load(path, allow_pickle=False)
-            if found.ndim == 2 and len(found) == len(self.phrases):
-                return found
-        except (OSError, ValueError):
-            pass
-        vectors = self.towers.texts(self.phrases)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            file = io.BytesIO()
-            np.save(file, vectors)
-            write_all([(path, [file.getvalue()])])
-        except OSError as error:
-            log.warning("the vectors of %d phrases are not kept: %s", len(self.phrases), error)
-        return vectors
-
-
-def _version(towers: TwoTowers) -> tuple[Any, ...]:
-    """Return what changes with a folder's weights, and the revision of a hub's model."""
-    folder = Path(towers.name)
-    if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-        return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return (getattr(towers.model.config, "_commit_hash", None),)
 
 
 def read_phrases(path: str) -> list[str]:

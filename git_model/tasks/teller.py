@@ -102,7 +102,8 @@ class Teller:
                 writing.base_url, writing.writer_model, writing.key_env, writing.timeout, writing.retries, form,
                 writing.language,
             )  # fmt: skip
-        from git_model.models.phrases import read_phrases
+        from git_model.models.phrases import TwoTowers, read_phrases
+        from git_model.tasks.bank import kept_bank
         from git_model.tasks.opening import pick_device
 
         names = read_phrases(regions.phrases) if regions.phrases else None
@@ -120,7 +121,9 @@ class Teller:
             from git_model.tasks.writers import Itself
 
             self.writer = Itself(captioner(None), decoding, form, writing.language)
-        self.bank = bank_of(names, regions.towers, self.device) if names else None
+        self.bank: PhraseBank | None = None
+        if names:
+            self.bank = kept_bank(names, TwoTowers(regions.towers, self.device), cache_folder() / "phrases")
         self.proposer: RegionProposer | None = None
 
     def told(self, picture: Image, boxes: Sequence[FourNumbers] | None = None) -> Told:
@@ -199,10 +202,3 @@ def _whole_said(captioner: Any, picture: Image, decoding: Decoding) -> str:
 def _whole_pixels(box: Sequence[float]) -> tuple[int, int, int, int]:
     left, top = int(box[0]), int(box[1])
     return left, top, max(round(box[2]), left + 1), max(round(box[3]), top + 1)
-
-
-def bank_of(phrases: Sequence[str], towers: str, device: str) -> PhraseBank:
-    """Return phrases with their vectors, which are kept in the user's cache."""
-    from git_model.models.phrases import PhraseBank, TwoTowers
-
-    return PhraseBank(phrases, TwoTowers(towers, device), cache_folder() / "phrases")
