@@ -96,6 +96,41 @@ def save_clip(folder: Path) -> str:
     return str(folder)
 
 
+def save_diffusion(folder: Path) -> tuple[str, str]:
+    """Write a Stable Diffusion pipeline and a ControlNet."""
+    import diffusers
+
+    made: Any = diffusers
+    torch.manual_seed(0)
+    names = [chr(code) + end for code in range(97, 123) for end in ("", "</w>")]
+    vocabulary = {word: i for i, word in enumerate(["<|startoftext|>", "<|endoftext|>", *names])}
+    text = hf.CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=len(vocabulary),
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    unet = made.UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, norm_num_groups=8, attention_head_dim=4,
+    )  # fmt: skip
+    control = made.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for parameter in control.parameters():  # its outputs begin at zero
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.1)
+    latents = made.AutoencoderKL(
+        block_out_channels=(16, 32), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipe = made.StableDiffusionControlNetPipeline(
+        vae=latents, text_encoder=hf.CLIPTextModel(text), unet=unet, controlnet=control,
+        tokenizer=hf.CLIPTokenizer(vocabulary, [], model_max_length=16), scheduler=made.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "sd")
+    control.save_pretrained(folder / "control")
+    return str(folder / "sd"), str(folder / "control")
+
+
 def save_joined(folder: Path) -> Path:
     """Write an encoder and a decoder joined by hand (as vit-gpt2-image-captioning is): no processor, no prompt."""
     torch.manual_seed(0)

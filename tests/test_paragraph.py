@@ -16,7 +16,7 @@ import pytest
 import torch
 from paging import LISTENER
 from PIL import Image
-from published import save_clip
+from published import save, save_clip, save_diffusion
 from test_dense import BOXES, SIZE, checkpoint, saved_png, scene
 
 from git_model.datasets.records import TSVFile, write_tsv
@@ -249,6 +249,43 @@ def test_what_is_no_bank(clip: str, tmp_path: Path) -> None:
         read_phrases(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="no such folder"):
         TwoTowers("./nothing/here")
+
+
+# ------------------------------------------------------------------------------------------------------------- redrawn
+def test_redrawn_from_its_edges_and_text(roi: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the package diffusers is not installed")
+    from git_model.models.diffusion import Redrawer
+
+    model, control = save_diffusion(tmp_path)
+    draw = Redrawer(model, control)
+    first = draw(scene(), "a dog")
+    assert first.size == (88, 64)
+    assert draw(scene(), "a dog").tobytes() == first.tobytes(), "the seed decides"
+    for other in (draw(scene(), "a dog", seed=1), draw(scene(), "zzz"), draw(scene().rotate(90), "a dog")):
+        assert other.tobytes() != first.tobytes(), "noise, text and edges make a difference"
+    task = {**TASK, "model_path": roi, "image_path": saved_png(tmp_path / "a.png"), "controlnet": control}
+    told = run({**task, "out_image": tmp_path / "out.png", "redraw": model})
+    drawn = Image.open(tmp_path / "out.png")
+    assert drawn.width == SIZE[0] + round(88 * SIZE[1] / 64)
+    assert told == run({**TASK, "model_path": roi, "image_path": tmp_path / "a.png"})
+    with pytest.raises(UserError, match="draws into out_image"):
+        run({**task, "redraw": model})
+    with pytest.raises(UserError, match="no such folder"):
+        Redrawer(model, str(tmp_path / "none"))
+
+
+def test_a_published_captioner(roi: str, tmp_path: Path) -> None:
+    """Another's model for the whole and for the regions: what is in a box alone."""
+    published, path = str(save("git", tmp_path / "git")), saved_png(tmp_path / "a.png")
+    alone = {"type": "test_git_inference_single_image", "model_path": published, "max_new_tokens": 5}
+    told = run({**TASK, "model_path": published, "image_path": path, "boxes": BOXES})
+    assert told["global"] == run({**alone, "image_path": path})["text"]
+    for region, box in zip(told["regions"], BOXES, strict=True):
+        scene().crop(tuple(box)).save(tmp_path / "part.png")  # type: ignore[arg-type]
+        assert region["caption"] == run({**alone, "image_path": tmp_path / "part.png"})["text"]
+    mixed = run({**TASK, "model_path": roi, "caption_model": published, "image_path": path, "boxes": BOXES})
+    assert mixed["global"] == told["global"]
+    assert mixed["regions"] != told["regions"]
 
 
 # --------------------------------------------------------------------------------------------------------- small parts

@@ -22,6 +22,8 @@ def image_to_paragraph(
     boxes: list[FourNumbers] | None = None,
     region_tsv: str | None = None,
     out_image: str | None = None,
+    redraw: str | None = None,
+    controlnet: str = "lllyasviel/sd-controlnet-canny",
     regions: RegionOptions,
     writing: WriterOptions,
     model: ModelOptions,
@@ -35,7 +37,8 @@ def image_to_paragraph(
 
     image_path: a picture, or a folder of them; a folder and image_tsv need out_tsv.
     boxes, region_tsv: regions to tell of, of the picture or of each row; without them they are proposed.
-    out_image: the picture with its regions over the paragraph.
+    out_image: the picture with its regions over the paragraph; redraw: beside it another picture that this Stable
+        Diffusion model makes of the paragraph and the picture's edges, with a controlnet.
     caption_model, region_model: in place of model_path, for the whole picture or the regions; whole: tell of it.
     largest: so many of the largest regions are named by the nearest of `phrases` (a file, one a line; `towers` is a
         CLIP), without phrases by a caption of what is in the region alone.
@@ -51,6 +54,8 @@ def image_to_paragraph(
         raise UserError("a folder or a TSV of pictures needs out_tsv")
     if (folder or image_tsv) and (boxes or out_image):
         raise UserError("boxes and out_image are for one picture; for a TSV's regions give region_tsv")
+    if redraw and not out_image:
+        raise UserError("redraw draws into out_image; name one")
     if region_tsv and not image_tsv:
         raise UserError("region_tsv has the rows of image_tsv")
     model.check()
@@ -58,7 +63,7 @@ def image_to_paragraph(
         check_model_path(other)
     form = writing.form()
     if not (folder or image_tsv):
-        from git_model.tasks.picture import annotated, captioned, check_name, read_picture, save_picture
+        from git_model.tasks.picture import annotated, beside, captioned, check_name, read_picture, save_picture
 
         if out_image is not None:
             check_name(out_image)
@@ -70,6 +75,10 @@ def image_to_paragraph(
             raise UserError(f"boxes: {error}") from error
         if out_image is not None:
             drawn = annotated(picture, [(thing.box, thing.text) for thing in told.levels.regions])
+            if redraw is not None:
+                from git_model.models.diffusion import Redrawer
+
+                drawn = beside(drawn, Redrawer(redraw, controlnet, teller.device)(picture, told.paragraph.text))
             save_picture(captioned(drawn, told.paragraph.text), out_image)
         return {"image_path": image_path, **told.record()}
 

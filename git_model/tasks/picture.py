@@ -47,6 +47,15 @@ def annotated(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]
     return drawn
 
 
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Return two pictures side by side, the right one as high as the left one."""
+    width = max(1, round(right.width * left.height / right.height))
+    both = Image.new("RGB", (left.width + width, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right.resize((width, left.height), Image.Resampling.BICUBIC), (left.width, 0))
+    return both
+
+
 def captioned(picture: Image.Image, text: str) -> Image.Image:
     """Return a picture over a strip with a text, whose lines are as wide as the picture allows."""
     font = ImageFont.load_default(max(12, picture.width // 40))
