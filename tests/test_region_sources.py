@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+import train
 from git_model.batch import Region
 from git_model.config import DataConfig
 from git_model.datasets.files import SampleError
@@ -23,6 +25,7 @@ from git_model.datasets.records import json_cell, write_tsv
 from git_model.datasets.region_files import CocoRegions, TextOcr, VisualGenome
 from git_model.datasets.sources import build_source
 from git_model.errors import UserError
+from git_model.tasks.registry import run
 
 
 def jpeg(width: int = 80, height: int = 60) -> bytes:
@@ -174,6 +177,44 @@ def test_real_category_boxes(reference_data: Path) -> None:
     have = {i["id"] for i in content["images"] if i["file_name"] in there}
     with_boxes = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
     assert found["Loaded"] >= 0.9 * len(have & with_boxes) > 0
+
+
+def test_real_category_boxes_train_and_caption(reference_data: Path, tmp_path: Path) -> None:
+    """What a user does: a recipe, train.py, inference.py; the photographs it has seen, whose names it has to tell."""
+    folder = reference_data / "data" / "coco_val2017_subset"
+    entry = {"type": "coco_regions", "images": "images", "annotations": "boxes/tinycoco_instances_train2017.json"}
+    recipe = {
+        "vision": {
+            "name": "small", "features": "grid", "resolution": 64,
+            "small": {"stem": [16, 32, 48], "width": 48, "depth": 1, "heads": 2},
+        },
+        "region": {"mode": "roi", "cells": 3},
+        "mapper": {"type": "grid"},
+        "language": {
+            "name": "small", "prefix_attention": "bidirectional",
+            "small": {"architecture": "gpt2", "width": 48, "depth": 2, "heads": 2, "vocab_size": 300},
+        },
+        "data": {"dir": str(folder), "train": [entry], "val": [entry], "targets": 4, "cache": True},
+        "train": {
+            "output_dir": str(tmp_path / "run"), "epochs": 40, "batch_size": 10, "optimizer": "muon", "lr": 0.004,
+            "warmup": 10, "freeze": ["nothing"], "validate_samples": 6,
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert train.main(["--config", str(tmp_path / "recipe.yml")]) == 0
+    report = json.loads((tmp_path / "run" / "run_report.json").read_text())
+    assert report["samples"]["ok"] > 0
+    source = build_source([entry], folder)
+    asked = right = 0
+    for sample in (source[i] for i in range(12)):
+        (tmp_path / "a.jpg").write_bytes(sample.images[0])
+        boxes = [target.regions[0].box for target in sample.targets]
+        task = {"type": "test_git_inference_single_image", "model_path": tmp_path / "run" / "model_latest.pt"}
+        said = run({**task, "image_path": tmp_path / "a.jpg", "bbox": boxes, "max_new_tokens": 8})["text"]
+        asked, right = asked + len(boxes), right + sum(s == t.text for s, t in zip(said, sample.targets, strict=True))
+    most = max(Counter(t.text for i in range(12) for t in source[i].targets).values())
+    print(f"{right} of {asked} boxes named, the most frequent name {most} times")
+    assert right > most
 
 
 def tsv(folder: Path, name: str, rows: list[tuple[str, Any]]) -> None:
