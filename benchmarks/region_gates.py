@@ -3,8 +3,8 @@
     python -m benchmarks.region_gates --seeds 0 1 2 --modes roi ignore query pair
 
 For each run: exact captions of boxes; of scenes with several things the share of right answers about another box, and
-of answers that belong to the wrong one. 'pair' goes on from roi with questions about two pictures: right answers about
-the first, about the second, with the pictures swapped, and answers that belong to the other picture.
+of answers that belong to the wrong one. 'pair' learns boxes and questions about two pictures: right answers about the
+first, about the second, with the pictures swapped, and answers that belong to the other picture.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ def train(mode: str, seed: int, data: Path, out: Path) -> tuple[Path, float]:
     folder = out / f"{mode}-{seed}"
     recipe = ROOT / RECIPES.get(mode, "checkpoints/regions/config.yml")
     flags = ["--seed", str(seed), "--output_dir", str(folder), "--data_dir", str(data)]
-    if mode == "pair":
-        flags += ["--init_from", str(out / f"roi-{seed}" / "model_latest.pt")]
-    else:
-        flags += ["--region", mode]
+    flags += [] if mode == "pair" else ["--region", mode]
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(recipe), *flags]
     with (out / f"{mode}-{seed}.log").open("wb") as log:

@@ -33,7 +33,8 @@ MARKED = 32  # regions that light up
 FOUND = 6  # pictures that a text finds
 THUMB = 256  # pixels
 CSS = (
-    ".told svg { width: 100%; height: auto; max-height: 70vh; } .told rect { fill: none; stroke: transparent; }"
+    ".told svg { width: 100%; height: auto; max-height: 70vh; } .told rect { fill: none; stroke: transparent; "
+    "stroke-width: 3px; vector-effect: non-scaling-stroke; }"
     ".told mark { background: #eef1f6; color: inherit; border-radius: 3px; padding: 0 .15em; cursor: default; }"
     ".told mark:hover, .told mark:focus { background: #ffd9a8; outline: none; }"
     ".found { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }"
@@ -170,10 +171,9 @@ def highlighted(shown: Image, told: Told) -> str:
     shown.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     things = told.levels.regions[:MARKED]
-    thick = max(1.0, (width + height) / 250)
     boxes = "".join(
         f"<rect class='r{i}' x='{t.box[0]:g}' y='{t.box[1]:g}' width='{t.box[2] - t.box[0]:g}' "
-        f"height='{t.box[3] - t.box[1]:g}' stroke-width='{thick:g}'/>"
+        f"height='{t.box[3] - t.box[1]:g}'/>"
         for i, t in enumerate(things)
     )
     picture = f"<image href='data:image/png;base64,{data}' width='{width}' height='{height}'/>"
