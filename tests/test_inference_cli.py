@@ -17,8 +17,9 @@ import pytest
 
 import inference
 from git_model.errors import EXIT_BUG, EXIT_IO, EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_USAGE, UserError
-from git_model.tasks.params import Range, convert, parse_params, wanted
+from git_model.tasks.params import parse_params
 from git_model.tasks.registry import TASKS, describe, keys_of, resolve, run
+from git_model.tasks.values import Range, convert, wanted
 
 
 def paint(

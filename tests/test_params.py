@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from git_model.errors import UserError
-from git_model.tasks.params import Scalar, convert, parse_params, show
+from git_model.tasks.params import Scalar, parse_params, show
 from git_model.tasks.registry import TASKS, resolve
+from git_model.tasks.values import convert
 
 # the documented commands of the original project, as they are typed into a shell
 CAPTION = r"""python3 inference.py -p "{'type': 'test_git_inference_single_image', \

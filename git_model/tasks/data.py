@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.options import TsvOptions
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from git_model.datasets.sources import Source

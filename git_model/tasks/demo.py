@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.errors import UserError
 from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
-from git_model.tasks.params import Range
 from git_model.tasks.teller import RegionOptions, WriterOptions
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from git_model.tasks.page import Page

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from git_model.batch import Region, Target
 from git_model.errors import ImageError, UserError
 from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

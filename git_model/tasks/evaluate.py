@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.options import check_model_path
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

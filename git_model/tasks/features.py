@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from git_model.errors import UserError
 from git_model.tasks.options import PartOptions
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 
 def encode_features(

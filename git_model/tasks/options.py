@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.cluster import rank_and_world
 from git_model.errors import UserError
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from git_model.models.language import Decoding

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from git_model.errors import ImageError, UserError
 from git_model.tasks.dense import FourNumbers
 from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions, check_model_path
-from git_model.tasks.params import Range
 from git_model.tasks.teller import RegionOptions, Teller, WriterOptions
+from git_model.tasks.values import Range
 
 
 def image_to_paragraph(

@@ -7,18 +7,14 @@ it is, so ``no``, ``0123``, ``1e-5`` and ``12:30:45`` mean what the task wants, 
 
 from __future__ import annotations
 
-import math
 import re
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import yaml
 
-from git_model.errors import UserError, nearest
+from git_model.errors import UserError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -36,9 +32,6 @@ _CONTINUATION = re.compile(
     r"""(?<![^\s{\[,:])(?:"(?:[^"\\]|\\.)*+"|'(?:[^']|'')*+')|(?<=[\s{\[,\]}"'])\\[ \t]*(?:\r\n|\n|\r)""", re.DOTALL
 )
 _NULLS = frozenset({"", "~", "null", "Null", "NULL", "None"})
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_INT = re.compile(r"[-+]?[0-9]{1,18}")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _EXAMPLE = "-p expects a mapping with 'type', such as \"{'type': 'evaluate', ...}\""
 
 
@@ -56,17 +49,6 @@ class Scalar:
 
 
 Node: TypeAlias = Union[Scalar, "list[Node]", "dict[str, Node]"]
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds, both allowed, of a number: ``beams: Annotated[int, Range(1, 100)]``."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def __str__(self) -> str:
-        return f"from {self.low:.12g} to {self.high:.12g}"
 
 
 def escape(text: str) -> str:
@@ -204,97 +186,3 @@ def _read_key(event: yaml.NodeEvent, known: Mapping[str, Node]) -> str:
     if event.value in known:
         raise UserError(f"-p has the key '{show(Scalar(event.value))}' twice")
     return event.value
-
-
-def to_node(value: Any) -> Node:
-    """Turn a plain Python value (a call from Python, not from a shell) into a raw one."""
-    if isinstance(value, Scalar):
-        return value
-    if isinstance(value, str | PurePath):
-        return Scalar(str(value), plain=False)
-    if isinstance(value, Mapping):
-        return {str(key): to_node(item) for key, item in value.items()}
-    return [to_node(v) for v in value] if isinstance(value, list | tuple) else Scalar(str(value))
-
-
-def wanted(annotation: Any) -> str:
-    """Return what an annotation asks for, in words."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return " ".join([wanted(args[0]), *(str(a) for a in args[1:] if isinstance(a, Range))])
-    if origin is Literal:
-        return f"one of: {', '.join(str(a) for a in args)}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(wanted(a) for a in args)
-    if origin is tuple and args[-1] is not ...:
-        return f"a list of {len(args)} ({', '.join(wanted(a) for a in args)})"
-    if origin in (list, tuple):
-        return f"a list ({wanted(args[0])} each)"
-    words = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
-    return words.get(annotation, "null")
-
-
-def convert(value: Node, annotation: Any, where: str) -> Any:
-    """Turn a raw value into the annotated type.
-
-    Args:
-        value: what was typed.
-        annotation: str, bool, int, float, None, Literal, list, tuple, unions of them, or
-            ``Annotated[number, Range(low, high)]``.
-        where: the key, for the message.
-
-    Raises:
-        UserError: names the key, what was got and what is wanted.
-    """
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    refusal = UserError(f"{where} must be {wanted(annotation)}, got {show(value)}")
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, args, where, refusal)
-    if origin in (list, tuple):
-        items = value if isinstance(value, list) else None
-        each = args if origin is tuple and args[-1] is not ... else args[:1] * len(items or ())
-        if items is None or len(items) != len(each):
-            raise refusal
-        return origin(convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(items, each, strict=True)))
-    if not isinstance(value, Scalar):
-        raise refusal
-    if origin is Literal:
-        for choice in args:
-            if value.text == str(choice):
-                return choice
-        raise UserError(f"{refusal}{nearest(value.text[:SHOWN], [str(a) for a in args])}")
-    number = _convert_scalar(value, args[0] if origin is Annotated else annotation, refusal)
-    if origin is Annotated and not all(a.low <= number <= a.high for a in args[1:] if isinstance(a, Range)):
-        raise refusal
-    return number
-
-
-def _convert_union(value: Node, members: tuple[Any, ...], where: str, refusal: UserError) -> Any:
-    if isinstance(value, Scalar) and value.is_null and type(None) in members:
-        return None
-    for member in members:
-        if member is type(None):
-            continue
-        try:
-            return convert(value, member, where)
-        except UserError as error:
-            # the error inside a list names the item, which is closer than the union's
-            if isinstance(value, list) and typing.get_origin(member) in (list, tuple):
-                refusal = error
-    raise refusal
-
-
-def _convert_scalar(value: Scalar, annotation: Any, refusal: UserError) -> Any:
-    if value.is_null and annotation is type(None):
-        return None
-    if value.is_null and value.text:
-        raise UserError(f"{refusal} (quote it if the word is meant)" if annotation is str else str(refusal))
-    if annotation is str:
-        return value.text
-    if annotation is bool and value.text.lower() in _BOOLS:
-        return _BOOLS[value.text.lower()]
-    if annotation is int and _INT.fullmatch(value.text):
-        return int(value.text)
-    if annotation is float and _FLOAT.fullmatch(value.text) and math.isfinite(float(value.text)):
-        return float(value.text)
-    raise refusal

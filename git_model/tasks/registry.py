@@ -18,10 +18,12 @@ from git_model.tasks.export import convert_coco_to_tsv_format, convert_tsv_to_co
 from git_model.tasks.export_model import export
 from git_model.tasks.features import encode_features
 from git_model.tasks.paragraph import image_to_paragraph
-from git_model.tasks.params import Scalar, convert, show, to_node, wanted
+from git_model.tasks.params import Scalar, show
+from git_model.tasks.prompt import embed_prompt, score_submission, write_submission
 from git_model.tasks.retrieval import evaluate_retrieval
 from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
 from git_model.tasks.tsv import caption_tsv, merge_tsv_parts
+from git_model.tasks.values import convert, to_node, wanted
 
 Task = Callable[..., Any]
 
@@ -48,6 +50,9 @@ TASKS: dict[str, Task] = {
     "dense_caption_tsv": dense_caption_tsv,
     "image_to_paragraph": image_to_paragraph,
     "evaluate_retrieval": evaluate_retrieval,
+    "embed_prompt": embed_prompt,
+    "write_submission": write_submission,
+    "score_submission": score_submission,
     "demo": demo,
 }
 

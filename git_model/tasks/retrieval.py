@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
     from git_model.models.text import SentenceEncoder

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.batch import IMG_SLOT, Region, Target
 from git_model.errors import ImageError, UserError
-from git_model.tasks.params import Range, convert, to_node
 from git_model.tasks.session import Picture, Session, Turn
+from git_model.tasks.values import Range, convert, to_node
 
 if TYPE_CHECKING:
     from git_model.models.language import Decoding

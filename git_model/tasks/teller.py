@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from git_model.errors import UserError
 from git_model.tasks.dense import FourNumbers, Said, best, describe
 from git_model.tasks.options import ModelOptions, cache_folder
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 from git_model.tasks.writers import PROMPT, Levels, Paragraph, Thing, compose, template
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from git_model.cluster import rank_and_world
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
 from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
-from git_model.tasks.params import Range
+from git_model.tasks.values import Range
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,74 @@
+"""How near predicted vectors are to the right ones: cosines, and whether the right one is the nearest of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Figures of predicted vectors.
+
+    Args:
+        cosines: (N,) of each with its right one.
+        recall: share of those whose right vector is the nearest of all right ones (ties: the first).
+        mean_vector: mean cosine that one and the same vector would get, the mean of the right ones: what guessing gives
+            to somebody who has seen all the answers.
+    """
+
+    cosines: np.ndarray
+    recall: float
+    mean_vector: float
+
+    def figures(self) -> dict[str, float]:
+        """Return mean, median, recall and the guess, from -1 to 1 or 0 to 1, and how many there are."""
+        return {
+            "mean_cosine": float(self.cosines.mean()),
+            "median_cosine": float(np.median(self.cosines)),
+            "R@1": self.recall,
+            "mean_vector_cosine": self.mean_vector,
+            "count": len(self.cosines),
+        }
+
+
+def mean_cosine(predicted: np.ndarray, right: np.ndarray) -> float:
+    """Return the mean cosine of (N,F) with (N,F)."""
+    return float(cosines(predicted, right).mean())
+
+
+def cosines(predicted: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair, (N,); 0 where a vector has no length."""
+    return (unit(predicted) * unit(right)).sum(axis=1)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return float64 vectors of length 1; those of length 0 stay."""
+    vectors = np.asarray(vectors, dtype=np.float64)
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1.0)
+
+
+def similarity(predicted: np.ndarray, right: np.ndarray, block: int = 4096) -> Similarity:
+    """Compare predicted vectors with the right ones.
+
+    Args:
+        predicted: (N,F).
+        right: (N,F).
+        block: rows of the matrix of all cosines that are held at a time.
+
+    Raises:
+        ValueError: shapes that differ, or no vectors.
+    """
+    if predicted.shape != right.shape or len(right) == 0:
+        raise ValueError(f"{predicted.shape} vectors beside {right.shape}")
+    wanted = unit(right)
+    found = 0
+    for start in range(0, len(right), block):
+        scores = np.round(unit(predicted[start : start + block]) @ wanted.T, 9)  # (b,N)
+        best = scores.argmax(axis=1)  # (b,)
+        own = scores[np.arange(len(scores)), np.arange(start, start + len(scores))]
+        found += int((scores[np.arange(len(scores)), best] <= own).sum())
+    guess = wanted.mean(axis=0, keepdims=True)
+    return Similarity(cosines(predicted, right), found / len(right), float((unit(guess) * wanted).sum(axis=1).mean()))
