@@ -130,7 +130,9 @@ class Single:
     def __init__(self, count: int, decoding: Decoding, eos_id: int, pad_id: int, device: torch.device) -> None:
         self.decoding, self.eos_id = decoding, eos_id
         self.found = torch.full((count, decoding.longest), pad_id, device=device)  # (all G,new)
-        self.sums = torch.zeros(count, device=device)  # (all G,) log-probabilities of the tokens found
+        self.sums, self.counts = torch.zeros(
+            2, count, device=device
+        )  # (all G,) log-probabilities of the tokens; how many
         self.which = torch.arange(count, device=device)  # (G,) of those still at work
         self.dice = torch.Generator().manual_seed(decoding.seed)
 
@@ -142,9 +144,15 @@ class Single:
             scores = nucleus(scores / self.decoding.temperature, self.decoding.top_p) + noise.to(scores.device)
         tokens = scores.argmax(1)  # (G,)
         self.found[self.which, step] = tokens
+        self.counts[self.which] += 1
         self.sums[self.which] += logits[:, 0].gather(1, tokens[:, None])[:, 0] - logits[:, 0].logsumexp(1)
         over = tokens == self.eos_id
         return tokens[:, None], None, over
+
+    @property
+    def means(self) -> Tensor:
+        """The mean log-probability of each prompt's tokens, (all G,)."""
+        return self.sums / self.counts
 
     def keep(self, alive: Tensor) -> None:
         """Go on with these, (G,) bool, only."""
@@ -167,8 +175,8 @@ class Beams:
         self.scores[:, 1:] = FAR  # all begin alike: one of them counts
         self.ended = self.tokens.clone()  # (G,beams,new) the best that came to their end
         self.ended_scores = torch.full((count, beams), FAR, device=device)
-        self.ended_sums = self.scores.clone()
-        self.sums = torch.zeros(count, device=device)  # (all G,) log-probabilities of the tokens found
+        self.ended_means = self.scores.clone()
+        self.means = torch.zeros(count, device=device)  # (all G,) mean log-probability of the tokens found
         self.is_ended = torch.zeros(count, beams, dtype=torch.bool, device=device)
 
     def step(self, step: int, logits: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,18 +204,18 @@ class Beams:
         merged = torch.cat([self.ended_scores, best / (step + 1) ** power + (~ended).float() * FAR], dim=1)
         self.ended_scores, kept = merged.topk(beams)  # (G,beams)
         self.ended = _pick(torch.cat([self.ended, lines], dim=1), kept)
-        self.ended_sums = torch.cat([self.ended_sums, best], dim=1).gather(1, kept)
+        self.ended_means = torch.cat([self.ended_means, best / (step + 1)], dim=1).gather(1, kept)
         self.is_ended = torch.cat([self.is_ended, ended], dim=1).gather(1, kept)
 
         possible = self.scores[:, 0] / (step + 1) ** power  # of what still runs
         worst = torch.where(self.is_ended, self.ended_scores.amin(1, keepdim=True), FAR)  # (G,beams)
         over = ~(possible[:, None] > worst).any(1) | ends.all(1)  # (G,)
-        self.found[self.which], self.sums[self.which] = self.ended[:, 0], self.ended_sums[:, 0]
+        self.found[self.which], self.means[self.which] = self.ended[:, 0], self.ended_means[:, 0]
         return self.tokens[:, :, step], parents.gather(1, running), over
 
     def keep(self, alive: Tensor) -> None:
         """Go on with these, (G,) bool, only."""
-        for name in ("which", "tokens", "scores", "ended", "ended_scores", "ended_sums", "is_ended"):
+        for name in ("which", "tokens", "scores", "ended", "ended_scores", "ended_means", "is_ended"):
             setattr(self, name, getattr(self, name)[alive])
 
 
@@ -231,7 +239,7 @@ def search(
             choice.keep(alive)
             tokens, parents = tokens[alive], None if parents is None else parents[alive]
         logits = tree.grow(tokens, parents)
-    return Found(choice.found, choice.sums / lengths(choice.found, eos_id))
+    return Found(choice.found, choice.means)
 
 
 def lengths(ids: Tensor, eos_id: int) -> Tensor:

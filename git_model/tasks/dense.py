@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,11 +53,16 @@ def dense_caption(
     from git_model.tasks.picture import annotated, check_name, read_picture, save_picture
 
     if out_image is not None:
-        check_name(out_image)
+        check_name(out_image, image_path, model.model_path)
     picture = read_picture(image_path)
     captioner = _region_reader(model)
-    wanted = boxes or _proposed(RegionProposer(proposals, sam_model, captioner.device), picture)
-    found = describe(captioner, picture, wanted, search.decoding(), prompt, batch_size)
+    proposer = None if boxes else RegionProposer(proposals, sam_model, captioner.device)
+    wanted = boxes or shown_boxes(captioner, picture, _proposed(proposer, picture))
+    decoding = search.decoding_of(captioner, bool(prompt))
+    try:
+        found = describe(captioner, picture, wanted, decoding, prompt, batch_size)
+    except ImageError as error:
+        raise UserError(f"boxes: {error}") from error
     if not boxes:
         found = best(found, top_k, overlap)
     if out_image is not None:
@@ -83,19 +89,30 @@ def describe(
         batch_size: boxes decoded together.
 
     Raises:
-        UserError: a box that is none, or a model that reads whole pictures only.
+        ImageError: a box that is none of this picture.
     """
     targets = [Target(prompt=prompt, regions=(Region(0, box),)) for box in boxes]
-    try:
-        seen = captioner.encoded(captioner.see([picture], targets))
-    except ImageError as error:
-        raise UserError(f"boxes: {error}") from error
+    once = captioner.region_mode != "crop" and targets  # else each box is a picture of its own
+    seen = captioner.encoded(captioner.see([picture], targets)) if once else None
     found: list[Said] = []
     for start in range(0, len(boxes), batch_size):
         some = slice(start, start + batch_size)
-        texts, scores = captioner.ask_scored([replace(seen, targets=seen.targets[some])], decoding)
+        asked = captioner.see([picture], targets[some]) if seen is None else replace(seen, targets=seen.targets[some])
+        texts, scores = captioner.ask_scored([asked], decoding)
         found += [Said(*told) for told in zip(boxes[some], texts, scores, strict=True)]
     return found
+
+
+def shown_boxes(captioner: GitCaptioner, picture: Image, boxes: Sequence[FourNumbers]) -> list[FourNumbers]:
+    """Return the boxes of which the encoder's square shows anything: all, unless pictures are cropped to it."""
+    if captioner.region_mode == "crop" or captioner.prepare.resize != "crop":
+        return list(boxes)
+    frame, kept = captioner.prepare.framed(picture)[1], []
+    for box in boxes:
+        with suppress(ImageError):
+            frame.box(box)
+            kept.append(box)
+    return kept
 
 
 def best(found: Sequence[Said], top_k: int, overlap: float) -> list[Said]:
@@ -136,12 +153,14 @@ def dense_caption_tsv(
 
     refuse_overwriting(out_tsv, image_tsv, model.model_path)
     asked = [proposals, sam_model, top_k, overlap, prompt]
-    job = job_of([model.model_path, image_tsv], *asked, asdict(search), asdict(replace(model, device="")))
-    decoding = search.decoding()
+    files = [model.model_path, image_tsv, sam_model if proposals == "sam" else None, search.answer_list]
+    job = job_of(files, *asked, asdict(search), asdict(replace(model, device="")))
+    search.answers()  # a list that cannot be read is told at once
 
     def start() -> tuple[AskRows, Any, int]:
         captioner = _region_reader(model)
         proposer = RegionProposer(proposals, sam_model, captioner.device)
+        decoding = search.decoding_of(captioner, bool(prompt))
 
         def answer(rows: list[AskRow]) -> dict[int, Done]:
             return {row.row: one(row) for row in rows}
@@ -149,7 +168,8 @@ def dense_caption_tsv(
         def one(row: AskRow) -> Done:
             if row.error:
                 return Done((row.key, "[]"), row.error, row.detail)
-            found = describe(captioner, row.picture, _proposed(proposer, row.picture), decoding, prompt, batch_size)
+            wanted = shown_boxes(captioner, row.picture, _proposed(proposer, row.picture))
+            found = describe(captioner, row.picture, wanted, decoding, prompt, batch_size)
             return Done(_row(row.key, best(found, top_k, overlap)))
 
         return AskRows(Path(image_tsv), None, decode_image), answer, 1
@@ -157,9 +177,10 @@ def dense_caption_tsv(
     return batch_run(out_tsv, job, start, share, columns=2, workers=workers, max_bad=max_bad)
 
 
-def _proposed(proposer: RegionProposer, picture: Image) -> list[FourNumbers]:
+def _proposed(proposer: RegionProposer | None, picture: Image) -> list[FourNumbers]:
     """Return the whole of a picture and what a proposer finds in it."""
-    return [(0.0, 0.0, float(picture.width), float(picture.height)), *proposer(picture)]
+    found = proposer(picture) if proposer else []
+    return [(0.0, 0.0, float(picture.width), float(picture.height)), *found]
 
 
 def _region_reader(model: ModelOptions) -> GitCaptioner:

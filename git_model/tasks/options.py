@@ -74,6 +74,12 @@ class SearchOptions:
 
         return Decoding(self.beams, self.max_new_tokens, self.min_new_tokens, self.length_penalty)
 
+    def decoding_of(self, captioner: GitCaptioner | PublishedCaptioner, after_prompt: bool) -> Decoding:
+        """Return the search, kept to `answer_list` where there is one; raises UserError for a list that cannot be."""
+        answers = self.answers()
+        trie = captioner.trie(answers, after_prompt) if answers else None
+        return replace(self.decoding(), answers=trie)
+
     def answers(self) -> list[str] | None:
         """Return what stands in `answer_list`, None without one; see `read_answer_list`."""
         return read_answer_list(self.answer_list) if self.answer_list else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from git_model.datasets.files import write_all
+from git_model.datasets.files import refuse_overwriting, write_all
 from git_model.errors import ImageError, UserError, one_of
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000")
@@ -85,12 +85,17 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return [*lines, line] if line else lines
 
 
-def check_name(path: str) -> Path:
+def check_name(path: str, *inputs: str | None) -> Path:
     """Return the path of a picture that can be written.
 
+    Args:
+        path: of the picture.
+        inputs: what must not be overwritten.
+
     Raises:
-        UserError: an ending that is no picture's, or a folder that is not there.
+        UserError: an ending that is no picture's, a folder that is not there, or an input's name.
     """
+    refuse_overwriting(path, *inputs)
     where = Path(path)
     if where.suffix.lower() not in FORMATS:
         raise one_of("ending of a picture's name", where.suffix, FORMATS)
@@ -103,5 +108,9 @@ def save_picture(picture: Image.Image, path: str) -> None:
     """Write a picture, whole or not at all; the name's ending says the format. Raises as `check_name` does."""
     where = check_name(path)
     file = io.BytesIO()
-    picture.save(file, FORMATS[where.suffix.lower()], quality=92)
+    try:
+        picture.save(file, FORMATS[where.suffix.lower()], quality=92)
+    except (ValueError, OSError) as error:
+        size = f"{picture.width}x{picture.height}"
+        raise UserError(f"a picture of {size} cannot be written as {where.suffix}: {error}") from error
     write_all([(where, [file.getvalue()])])
