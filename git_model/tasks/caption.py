@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from git_model.batch import IMG_SLOT, Box, Region, Target
@@ -36,10 +35,9 @@ def caption_image(
     from git_model.tasks.picture import read_picture
 
     pictures = [read_picture(path) for path in distinct]  # before the model: a wrong path answers at once
-    answers, decoding = search.answers(), search.decoding()
+    search.answers()  # a list that cannot be read is told before the model is loaded
     captioner = model.open()
-    if answers:
-        decoding = replace(decoding, answers=captioner.trie(answers, bool(prompt)))
+    decoding = search.decoding_of(captioner, bool(prompt))
     if isinstance(captioner, GitCaptioner):
         if bbox is not None and captioner.region_mode == "none":
             raise UserError(f"bbox: {model.model_path} reads whole pictures only, it was trained without --region")

@@ -134,7 +134,8 @@ class GitCaptioner:
         codec, most, size = self.model.codec, self.model.language.max_positions, self.model.num_image_tokens
         slots, length, whole = [turn.count(IMG_SLOT) for turn in turns], 0, 0
         for first in range(len(turns)):
-            kept = regions[sum(slots[:first]) :] if any(slots) else regions
+            # no regions at all would mean all pictures: the last one stays, before the text
+            kept = (regions[sum(slots[:first]) :] or regions[-1:]) if any(slots) else regions
             prompt = " ".join(turns[first:])
             length = sum(codec.lengths([part.strip() for part in prompt.split(IMG_SLOT)]))
             whole = len(codec.bos_ids) + size * len(kept) + length + new

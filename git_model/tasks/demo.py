@@ -106,14 +106,15 @@ def _finder(
     model: ModelOptions,
     search: SearchOptions,
 ) -> Finder:
-    """Return the pictures of a folder with their paragraphs, written now where they are not there."""
+    """Return the pictures of a folder with their paragraphs, which are written now unless there is a file of them."""
     from git_model.models.text import SentenceEncoder
     from git_model.tasks.paragraph import image_to_paragraph
     from git_model.tasks.paragraph_tab import Finder
 
     encoder = SentenceEncoder(text_encoder)
     told: dict[str, Any] = {"image_path": gallery, "out_tsv": gallery_tsv, "regions": regions, "writing": writing}
-    image_to_paragraph(**told, model=model, search=search, share=PartOptions(), max_bad=1.0)
+    if not Path(str(gallery_tsv)).exists():
+        image_to_paragraph(**told, model=model, search=search, share=PartOptions(), max_bad=1.0)
     return Finder.of_folder(Path(gallery), Path(str(gallery_tsv)), encoder)
 
 

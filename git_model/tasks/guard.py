@@ -10,6 +10,8 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL_BODY = 2**20  # bytes of a request that uploads nothing
 PATIENCE = 10.0  # seconds that the next bytes of a request may take
 DECODING_SECONDS, DECODING_BYTES = 10.0, 2 * 2**30
+MAX_STORED = 2 * 2**30  # bytes of all uploads
 # Gradio's own scripts are in the page and build functions; everything else comes from this server or from nowhere
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -45,12 +48,21 @@ class Guard:
         names: hosts that may be asked for; () = any.
         same_site: whether only this page may send; not behind a tunnel, which has another name.
         patience: seconds that the next bytes of a request may take.
+        uploads: how many an address may send.
+        folder: where they go; it may hold MAX_STORED bytes.
     """
 
     def __init__(
-        self, app: ASGIApp, names: Sequence[str] = (), same_site: bool = True, patience: float = PATIENCE
+        self,
+        app: ASGIApp,
+        names: Sequence[str] = (),
+        same_site: bool = True,
+        patience: float = PATIENCE,
+        uploads: Pace | None = None,
+        folder: str | None = None,
     ) -> None:
         self.app, self.names, self.same_site, self.patience = app, names, same_site, patience
+        self.uploads, self.folder = uploads, folder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -69,8 +81,9 @@ class Guard:
             await send(_marked(message))
 
         limited = self._limited(receive, _most(scope))
-        uploads = scope["path"].endswith("/upload")
-        await self.app(scope, limited if uploads or scope["method"] == "GET" else _without_addresses(limited), answer)
+        await self.app(
+            scope, limited if _uploads(scope) or scope["method"] == "GET" else _without_addresses(limited), answer
+        )
 
     def _refused(self, scope: Scope) -> tuple[int, bytes] | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -84,8 +97,18 @@ class Guard:
         if ":/" in scope["path"] or "://" in unquote(scope["query_string"].decode("latin-1")):
             return 400, b"nothing is fetched from elsewhere"
         length = headers.get(b"content-length", "0")
-        if not length.isdecimal() or int(length) > _most(scope):
+        if not length.isdecimal() or len(length) > 12 or int(length) > _most(scope):
             return 413, b"too large"
+        return self._refused_upload(scope) if _uploads(scope) else None
+
+    def _refused_upload(self, scope: Scope) -> tuple[int, bytes] | None:
+        try:
+            if self.uploads is not None:
+                self.uploads.check((scope.get("client") or ("",))[0])
+        except UserError as error:
+            return 429, str(error).encode()
+        if self.folder is not None and _size(self.folder) > MAX_STORED:
+            return 503, b"too many pictures are kept at the moment"
         return None
 
     def _limited(self, receive: Receive, most: int) -> Receive:
@@ -148,8 +171,20 @@ def names_address(body: bytes) -> bool:
 
 
 def _most(scope: Scope) -> int:
-    uploads = scope["path"].endswith("/upload")
-    return MAX_PICTURES * MAX_UPLOAD + SMALL_BODY if uploads else SMALL_BODY
+    return MAX_PICTURES * MAX_UPLOAD + SMALL_BODY if _uploads(scope) else SMALL_BODY
+
+
+def _uploads(scope: Scope) -> bool:
+    return scope["path"].endswith("/upload") and scope["method"] == "POST"
+
+
+def _size(folder: str) -> int:
+    """Return the bytes of all files below a folder; those that go meanwhile do not count."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
 
 
 def _marked(message: Message) -> Message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,13 @@ from git_model.errors import ImageError, UserError
 from git_model.tasks.guard import LOOPBACK, Guard, Pace, Sandbox
 from git_model.tasks.paragraph_tab import CSS as TOLD_CSS
 from git_model.tasks.paragraph_tab import Finder, ParagraphTab
-from git_model.tasks.session import MAX_UPLOAD, MODES, Picture, Session
+from git_model.tasks.session import MAX_UPLOAD, MODES, Picture, Session, without_folders
 from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
 from git_model.tasks.teller import Teller
 
 log = logging.getLogger(__name__)
 
+UPLOADS = 2  # for each answer that an address may get
 SESSIONS = 32  # whose pictures are kept; the longest unused are forgotten first
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -60,8 +62,8 @@ class Page:
         teller: Teller | None = None,
         finder: Finder | None = None,
     ) -> None:
-        self.speaker, self.examples = speaker, examples
         self.limits, self.pace, self.sandbox = (max_beams, max_new_tokens), Pace(per_minute), Sandbox()
+        self.speaker, self.examples = replace(speaker, run=self.sandbox), examples
         with gr.Blocks(title="Captions of pictures", analytics_enabled=False, delete_cache=(600, 600)) as self.blocks:
             if teller is None:
                 self._ask_tab()
@@ -84,7 +86,8 @@ class Page:
             share: open a public tunnel, too.
             max_waiting: requests that may wait.
         """
-        checks = {"names": () if share or host not in LOOPBACK else LOOPBACK, "same_site": not share}
+        checks: dict[str, Any] = {"names": () if share or host not in LOOPBACK else LOOPBACK, "same_site": not share}
+        checks |= {"uploads": Pace(UPLOADS * self.pace.most), "folder": os.environ.get("GRADIO_TEMP_DIR")}
         plain = gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")])
         self.blocks.queue(default_concurrency_limit=1, max_size=max_waiting, api_open=False)
         _, local, public = self.blocks.launch(
@@ -214,7 +217,7 @@ class Page:
         try:
             session = change()
         except (UserError, ImageError) as error:
-            session = replace(session, message=str(error), due=False)
+            session = replace(session, message=without_folders(str(error)), due=False)
         except Exception:
             log.exception("a request failed")
             session = replace(session, message="This failed; the server's log says why.", due=False)

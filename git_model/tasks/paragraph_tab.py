@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 
 from git_model.errors import ImageError, UserError
 from git_model.tasks.guard import Sandbox
-from git_model.tasks.session import opened
+from git_model.tasks.session import opened, without_folders
 from git_model.tasks.writers import spelt
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from git_model.models.text import SentenceEncoder
     from git_model.tasks.teller import Teller, Told
+
+log = logging.getLogger(__name__)
 
 MARKED = 32  # regions that light up
 FOUND = 6  # pictures that a text finds
@@ -82,12 +85,15 @@ class Finder:
 
         texts = {str(key): text for key, text in read_results(str(said)).items() if text}
         rows = FolderRows(folder, decode_image)
-        shown = [row for row in (rows[i] for i in range(len(rows)) if rows.keys[i] in texts) if not row.error]
-        if not shown:
+        thumbs: dict[str, bytes] = {}
+        for number, key in enumerate(rows.keys):
+            row = rows[number] if key in texts else None
+            if row is not None and not row.error:
+                thumbs[key] = _thumb(row.picture)
+        if not thumbs:
             raise UserError(f"{said} tells of no picture in {folder}")
-        keys = [row.key for row in shown]
-        thumbs = [_thumb(row.picture) for row in shown]
-        return cls(encoder, keys, [texts[key] for key in keys], thumbs, encoder([texts[key] for key in keys]))
+        found = [texts[key] for key in thumbs]
+        return cls(encoder, list(thumbs), found, list(thumbs.values()), encoder(found))
 
     def find(self, text: str) -> list[int]:
         """Return the numbers of the pictures whose texts are nearest, best first."""
@@ -140,10 +146,13 @@ class ParagraphTab:
             if not file:
                 raise UserError("there is no picture; upload one")
             known = opened(file, self.sandbox)
-            told = self.teller.told(decode_image(file))
+            told = self.teller.told(self.sandbox(decode_image, file))
         except (UserError, ImageError) as error:
-            return ["", "", "", str(error), gr.update(value=None)]
-        record = json.dumps(told.record(), ensure_ascii=False, indent=1)
+            return ["", "", "", without_folders(str(error)), gr.update(value=None)]
+        except Exception:
+            log.exception("a request failed")
+            return ["", "", "", "This failed; the server's log says why.", gr.update(value=None)]
+        record = without_folders(json.dumps(told.record(), ensure_ascii=False, indent=1))
         return [highlighted(known.shown, told), told.paragraph.text, record, "", gr.update(value=None)]
 
     def _found(self, text: str, request: gr.Request) -> str:

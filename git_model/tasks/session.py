@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from git_model.tasks.picture import annotated
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture's file
 MAX_PICTURES = 6  # of one question
+MAX_KEPT = 64 * 2**20  # bytes of a dialogue's pictures
 SHOWN_SIDES = (400, 1024)  # pixels; the browser gets smaller pictures enlarged, to aim at, and larger ones reduced
 FREE = (-1.0, -1.0, -1.0, -1.0)  # all sides of the picture
 MODES = ("Describe", "Question")
@@ -91,7 +93,7 @@ class Session:
     pictures: tuple[Picture, ...] = ()
     chosen: int = 0
     corner: tuple[int, int] | None = None
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Turn, ...] = ()  # the oldest are forgotten when their pictures have more than MAX_KEPT bytes
     answer: str = ""
     record: str = ""
     message: str = "Upload a picture."
@@ -173,6 +175,11 @@ class Session:
         kept = list(self.pictures)
         kept[self.chosen] = replace(kept[self.chosen], corners=corners)
         return replace(self, pictures=tuple(kept))
+
+
+def without_folders(text: str) -> str:
+    """Return a message without the folders of the paths in it: visitors need not know where things are."""
+    return re.sub(r"(?<![\w:/])/(?:[^\s/'\",;:]+/)+", "", text)
 
 
 def opened(data: bytes, run: Run = direct) -> Picture:

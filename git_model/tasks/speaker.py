@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.batch import IMG_SLOT, Region, Target
 from git_model.errors import ImageError, UserError
-from git_model.tasks.session import Picture, Session, Turn
+from git_model.tasks.session import MAX_KEPT, Picture, Run, Session, Turn, direct
 from git_model.tasks.values import Range, convert, to_node
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Speaker:
     captioner: GitCaptioner | PublishedCaptioner
     model_path: str
     max_seconds: float | None = None  # of an answer
+    run: Run = direct  # what calls the decoder
 
     @property
     def reads_boxes(self) -> bool:
@@ -104,7 +105,7 @@ class Speaker:
         pictures = [*(picture for turn in turns for picture in turn.pictures), *new]
         text = self._say([*told, question], pictures, how)
         record = self._record(question, new, text, how)
-        dialogue = (*turns, Turn(question, text, new))
+        dialogue = _kept([*turns, Turn(question, text, new)])
         done = replace(session, pictures=(), chosen=0, corner=None, turns=dialogue, message="")
         return replace(done, answer=text, record=record)
 
@@ -117,7 +118,7 @@ class Speaker:
             if len(turns) > 1 or len(pictures) > 1:
                 raise UserError("this model answers single questions about one picture; restart for the next")
             prompt = turns[0].replace(IMG_SLOT, "").strip()
-            seen = self.captioner.encode([self.captioner.prepare(pictures[0].data)])
+            seen = self.captioner.encode([self.captioner.prepare(self.run(decode_image, pictures[0].data))])
             return self.captioner.answer(seen, [prompt], decoding)[0]
         regions = [Region(number, picture.box) for number, picture in enumerate(pictures)]
         target = Target(prompt=turns[0], regions=tuple(regions))
@@ -125,7 +126,7 @@ class Speaker:
             target = self.captioner.shortened(turns, regions, decoding.longest)
         first = target.regions[0].image if target.regions else 0  # what was left out is the beginning
         kept = replace(target, regions=tuple(Region(r.image - first, r.box) for r in target.regions))
-        seen = [decode_image(picture.data) for picture in pictures[first:]]
+        seen = [self.run(decode_image, picture.data) for picture in pictures[first:]]
         try:
             return self.captioner.ask([self.captioner.see(seen, [kept])], decoding)[0]
         except ImageError as error:
@@ -137,6 +138,17 @@ class Speaker:
         settings = {key: value for key, value in vars(how).items() if how.sample or key not in ("temperature", "seed")}
         said |= {"settings": settings, "model": Path(self.model_path).name}
         return json.dumps(said, ensure_ascii=False, indent=1)
+
+
+def _kept(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Return the newest turns, whose pictures have at most MAX_KEPT bytes; the newest stays."""
+    size, first = 0, len(turns)
+    while first > 0:
+        size += sum(len(picture.data) for picture in turns[first - 1].pictures)
+        if size > MAX_KEPT and first < len(turns):
+            break
+        first -= 1
+    return tuple(turns[first:])
 
 
 def _check_prompt(prompt: str) -> None:

@@ -49,13 +49,13 @@ def caption_tsv(
     check_files(out_tsv, image_tsv, question_tsv)
     model.check()
     refuse_overwriting(out_tsv, image_tsv, question_tsv, model.model_path, search.answer_list)
-    answers, decoding = search.answers(), search.decoding()
+    answers = search.answers()
     files = [model.model_path, image_tsv, question_tsv]
     job = job_of(files, prompt, answers, asdict(search), asdict(replace(model, device="")))
 
     def start() -> tuple[AskRows, Answer, int]:
         captioner = model.open()
-        how = replace(decoding, answers=captioner.trie(answers, bool(question_tsv or prompt))) if answers else decoding
+        how = search.decoding_of(captioner, bool(question_tsv or prompt))
         rows = AskRows(Path(image_tsv), Path(question_tsv) if question_tsv else None, captioner.prepare, prompt)
         asked = rows.questions is not None
         held = captioner.batches * batch_size
