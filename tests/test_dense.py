@@ -294,6 +294,7 @@ def test_proposals_of_sam(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(tmp_path)
     found = RegionProposer("sam", str(tmp_path))(scene())
+    assert found
     assert all(0 <= x0 < x1 <= SIZE[0] and 0 <= y0 < y1 <= SIZE[1] for x0, y0, x1, y1 in found)
     with pytest.raises(UserError, match="cannot load the SAM model"):
         RegionProposer("sam", str(tmp_path / "nothing"))

@@ -156,7 +156,7 @@ def test_captions_as_texts(minilm: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_scored(minilm: str, tmp_path: Path) -> None:
     task = {**files(tmp_path, {"a": "a dog", "x": "none"}), "text_encoder": minilm}
-    with pytest.raises(UserError, match="3 images have no text, such as b, c, d; 'subset' scores those with both"):
+    with pytest.raises(UserError, match="3 images have no text, such as b, c, d; 'subset' scores only"):
         run(task)
     with pytest.raises(UserError, match="1 images have no caption, such as x"):
         run({**task, "subset": True})

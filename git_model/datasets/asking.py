@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from git_model.datasets.files import RecordError
-from git_model.datasets.images import ImageError
+from git_model.datasets.images import ImageError, read_image
 from git_model.datasets.records import TSVFile
 from git_model.errors import UserError
 
@@ -74,8 +74,8 @@ class FolderRows:
         self.files = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
         if not self.files:
             raise UserError(f"the folder '{folder}' has no pictures ({', '.join(PICTURE_ENDINGS)})")
-        if wrong := [key for key in self.files if set(key) & set("\t\r\n")]:
-            raise UserError(f"{wrong[0]!r}: a name with a tab or a line's end cannot be a key")
+        if wrong := [key for key in self.files if set(key) & set("\t\r\n") or not _is_text(key)]:
+            raise UserError(f"{wrong[0]!r}: a name with a tab, a line's end or no text cannot be a key")
         self.keys = list(self.files)
 
     def __len__(self) -> int:
@@ -85,11 +85,19 @@ class FolderRows:
         key = self.keys[row]
         asked = (Question(""),)
         try:
-            return AskRow(row, key, self.prepare(self.files[key].read_bytes()), asked)
+            return AskRow(row, key, self.prepare(read_image(self.files[key])), asked)
         except ImageError as error:
             return AskRow(row, key, None, asked, error.reason, f"{self.files[key]}: {error}")
-        except OSError as error:
-            return AskRow(row, key, None, asked, "unreadable", f"{self.files[key]}: {error.strerror}")
+        except UserError as error:
+            return AskRow(row, key, None, asked, "unreadable", str(error))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class AskRows:

@@ -69,7 +69,7 @@ class RegionRecords:
                 self.dropped[NO_BOX] += 1
                 continue
             self._boxes.append(found)
-            self._texts += text.strip().encode()
+            self._texts += text.strip().encode(errors="replace")
             self._places.append(len(self._texts))
         if len(self._boxes) == self._starts[-1]:
             self.dropped["image_without_region"] += 1
@@ -188,10 +188,13 @@ class TextOcr(RegionRecords):
         for note in entries(list(content["anns"].values()), None, ("image_id", "utf8_string", "bbox"), self.path):
             of_image.setdefault(str(note["image_id"]), []).append(note)
         for key, image in content["imgs"].items():
-            width, height = float(image["width"]), float(image["height"])
+            try:
+                width, height = float(image["width"]), float(image["height"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"'{self.path}': image '{key}' has no width and height") from error
             said = []
             for note in of_image.get(str(key), []):
-                x0, y0, x1, y1 = corners(note["bbox"])
+                x0, y0, x1, y1 = corners(note["bbox"]) or (0.0,) * 4
                 box = (max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height))
                 narrow = (box[2] - box[0]) * side / width < least or (box[3] - box[1]) * side / height < least
                 if note["utf8_string"] == "." or narrow:

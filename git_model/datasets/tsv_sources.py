@@ -97,7 +97,7 @@ class TSVPair:
             for columns in readable_rows(file):
                 try:
                     entries = [_any_target(entry) for entry in json.loads(columns[1])]
-                except (IndexError, KeyError, TypeError, ValueError):
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                     continue  # counted when the record is drawn
                 for target in entries:
                     yield from filter(None, (target.prompt, target.text))
@@ -116,7 +116,7 @@ class SeveralImages:
     def __init__(self, dir: Path, images: str, questions: str) -> None:
         self.images = TSVFile(existing_file(dir / images, "image TSV"))
         self.questions = TSVFile(existing_file(dir / questions, "question TSV"))
-        self.rows = {self.images.key(row).decode(): row for row in range(len(self.images))}
+        self.rows = {self.images.key(row).decode(errors="replace"): row for row in range(len(self.images))}
 
     def __len__(self) -> int:
         return len(self.questions)

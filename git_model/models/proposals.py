@@ -103,8 +103,7 @@ def _grid(_: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
 
 
 def _graph(proposer: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
-    small = picture.convert("RGB")
-    small.thumbnail((LONG_SIDE, LONG_SIDE))
+    small = _small(picture)
     pixels = np.asarray(small)
     across, down = picture.width / small.width, picture.height / small.height
     for scale in SEGMENTS:
@@ -121,6 +120,8 @@ def _sam(proposer: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
 
     model, processor = proposer.sam
     steps, batch = 16, 64  # points a side; points of a forward
+    width, height = _small(picture).size  # masks of the picture's own size would take gigabytes
+    across, down = picture.width / width, picture.height / height
     x, y = np.meshgrid(*((np.arange(steps) + 0.5) / steps * side for side in picture.size))
     points = np.stack([x, y], axis=-1).reshape(-1, 1, 2)  # (256,1,2)
     with torch.no_grad():
@@ -131,14 +132,21 @@ def _sam(proposer: RegionProposer, picture: Image.Image) -> Iterator[Proposed]:
             out = model(
                 image_embeddings=image, input_points=asked["input_points"].to(proposer.device), multimask_output=True
             )
-            sizes = (inputs["original_sizes"].cpu(), inputs["reshaped_input_sizes"].cpu())
-            (masks,) = processor.post_process_masks(out.pred_masks.cpu(), *sizes)  # (points,3,H,W) bool
-            good = out.iou_scores[0].cpu() >= 0.88  # (points,3), SAM's own threshold
-            for mask in masks[good].numpy():
+            good = out.pred_masks[0][out.iou_scores[0] >= 0.88].cpu()  # (n,h,w) logits, by SAM's own threshold
+            if not len(good):
+                continue
+            sizes = (torch.tensor([[height, width]]), inputs["reshaped_input_sizes"].cpu())
+            (masks,) = processor.post_process_masks([good[:, None]], *sizes)  # (n,1,height,width) bool
+            for mask in masks[:, 0].numpy():
                 if mask.any():
-                    small = Image.fromarray(mask)
-                    small.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.NEAREST)
-                    yield _around(mask), np.asarray(small)
+                    left, top, right, bottom = _around(mask)
+                    yield (round(left * across), round(top * down), round(right * across), round(bottom * down)), mask
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    small = picture.convert("RGB")
+    small.thumbnail((LONG_SIDE, LONG_SIDE))
+    return small
 
 
 def _around(mask: Mask) -> PixelBox:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def kept_bank(phrases: Sequence[str], towers: TwoTowers, folder: Path) -> Phrase
         found = np.load(path, allow_pickle=False)
         if found.ndim == 2 and len(found) == len(distinct):
             return PhraseBank(distinct, towers, found)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         pass  # not made yet, or damaged: made anew
     bank, file = PhraseBank(distinct, towers), io.BytesIO()
     np.save(file, bank.vectors)

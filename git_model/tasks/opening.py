@@ -25,11 +25,12 @@ def fingerprint(paths: Sequence[str | Path | None]) -> str:
     for path in paths:
         root = Path(path or "none")
         inside = [f for f in sorted(root.iterdir()) if MODEL_FILES.match(f.name)] if root.is_dir() else [root]
-        digest.update(f"{path};".encode())
+        digest.update(f"{path};".encode(errors="surrogateescape"))
         for file in inside:
             if file.is_file() and ".tsv." not in file.name:
                 status = file.stat()
-                digest.update(f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};".encode())
+                told = f"{file.absolute()}|{status.st_size}|{status.st_mtime_ns};"
+                digest.update(told.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -56,17 +56,23 @@ def image_to_paragraph(
         raise UserError("boxes and out_image are for one picture; for a TSV's regions give region_tsv")
     if redraw and not out_image:
         raise UserError("redraw draws into out_image; name one")
+    if out_tsv and not (folder or image_tsv):
+        raise UserError("out_tsv is for a folder or a TSV of pictures; a single picture's paragraph is printed")
+    if search.answer_list:
+        raise UserError("answer_list is for answers; a paragraph is none")
     if region_tsv and not image_tsv:
         raise UserError("region_tsv has the rows of image_tsv")
     model.check()
     for other in filter(None, (regions.caption_model, regions.region_model)):
         check_model_path(other)
     form = writing.form()
+    inputs = [image_path, image_tsv, region_tsv, model.model_path, regions.caption_model, regions.region_model]
+    inputs += [regions.phrases, writing.writer_prompt]
     if not (folder or image_tsv):
         from git_model.tasks.picture import annotated, beside, captioned, check_name, read_picture, save_picture
 
         if out_image is not None:
-            check_name(out_image)
+            check_name(out_image, *inputs)
         picture = read_picture(str(image_path))
         teller = Teller(model, regions, writing, form, search.decoding(), batch_size)
         try:
@@ -91,9 +97,9 @@ def image_to_paragraph(
 
     out = str(out_tsv)
     check_files(out, image_tsv, region_tsv)
-    refuse_overwriting(out, image_tsv, region_tsv, model.model_path)
+    refuse_overwriting(out, *inputs)
     given = rows_of(region_tsv) if region_tsv else None
-    files = [model.model_path, regions.caption_model, regions.region_model, regions.phrases, image_tsv, region_tsv]
+    files = [*inputs[1:], regions.towers, regions.sam_model if regions.proposals == "sam" else None]
     found = FolderRows(Path(str(image_path)), decode_image) if folder else None
     if found:
         files += [str(path) for path in found.files.values()]
@@ -138,6 +144,8 @@ def rows_of(region_tsv: str) -> dict[str, list[FourNumbers]]:
             key, cell = file[row][:2]
             entries = json.loads(cell)
             found[key] = [tuple(float(v) for v in e["box" if "box" in e else "rect"]) for e in entries]  # type: ignore[misc]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if any(len(box) != 4 for box in found[key]):
+                raise ValueError("a box has four numbers")
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise UserError(f"row {row} of {region_tsv} holds no boxes: {error!r:.200}") from error
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
@@ -49,7 +50,14 @@ def evaluate_retrieval(
     from git_model.tasks.report import write_retrieval_page
     from git_model.tasks.score import out_file
 
+    out = out_file(outfile, paragraph_tsv or label_file, label_file, image_tsv, ending=".retrieval.json")
+    if out.suffix != ".json":
+        raise UserError(f"outfile is '{out}'; its name must end in .json (the page goes beside it)")
+    if image_tsv is not None and not Path(image_tsv).is_file():
+        raise UserError(f"no TSV file '{image_tsv}'")
     labels = {str(key): list(texts) for key, texts in read_references(label_file).items()}
+    if empty := [key for key, texts in labels.items() if not texts]:
+        raise UserError(f"{label_file}: image '{empty[0]}' has no caption")
     if references is None:
         said = {str(key): text for key, text in read_results(str(paragraph_tsv)).items()}
     elif references == "joined":
@@ -64,7 +72,6 @@ def evaluate_retrieval(
     if subset:
         labels = {key: texts for key, texts in labels.items() if key in said}
     check_images(said, labels)
-    out = out_file(outfile, paragraph_tsv or label_file, label_file, image_tsv, ending=".retrieval.json")
     where = pick_device(device)
     judge = Judge(SentenceEncoder(text_encoder, where), labels, batch_size, where)
     found = judge.scores(said)
@@ -149,4 +156,5 @@ def check_images(said: Mapping[str, str], labels: Mapping[str, Sequence[str]]) -
     for missing, where in ((labels.keys() - said.keys(), "no text"), (said.keys() - labels.keys(), "no caption")):
         if missing:
             some = ", ".join(sorted(missing)[:3])
-            raise UserError(f"{len(missing)} images have {where}, such as {some}; 'subset' scores those with both")
+            advice = "; 'subset' scores only the images with a text" if where == "no text" else ""
+            raise UserError(f"{len(missing)} images have {where}, such as {some}{advice}")

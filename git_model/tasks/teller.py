@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
-from git_model.tasks.dense import FourNumbers, Said, best, describe
+from git_model.tasks.dense import FourNumbers, Said, best, describe, shown_boxes
 from git_model.tasks.options import ModelOptions, cache_folder
 from git_model.tasks.values import Range
 from git_model.tasks.writers import PROMPT, Levels, Paragraph, Thing, compose, template
@@ -137,9 +137,14 @@ class Teller:
         Raises:
             ImageError, UserError: a box that is none of this picture.
         """
+        from git_model.tasks.captioner import GitCaptioner
+
         size = (picture.width, picture.height)
         if boxes is None:
             proposed = self._proposed(picture)
+            if isinstance(self.of_regions, GitCaptioner) and self.of_regions.region_mode != "none":
+                shown = set(shown_boxes(self.of_regions, picture, [box for box, _ in proposed]))
+                proposed = [(box, mask) for box, mask in proposed if box in shown]
             said = best(self.of_boxes(picture, [box for box, _ in proposed]), self.options.top_k, self.options.overlap)
         else:
             from git_model.datasets.regions import in_picture
