@@ -23,9 +23,10 @@ from git_model.datasets.records import TSVFile, write_tsv
 from git_model.errors import UserError
 from git_model.models.phrases import PhraseBank, TwoTowers, read_phrases
 from git_model.models.proposals import RegionProposer, masked
+from git_model.tasks.levels import Levels, Thing, place_of
 from git_model.tasks.picture import captioned, wrapped
 from git_model.tasks.registry import run
-from git_model.tasks.writers import Levels, Thing, broken_rules, place_of
+from git_model.tasks.writers import broken_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"type": "image_to_paragraph", "max_new_tokens": 5, "top_k": 3, "largest": 2, "workers": 0}

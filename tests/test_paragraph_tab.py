@@ -12,8 +12,9 @@ from paging import Visitor, page_of
 from test_dense import checkpoint, saved_png, scene
 
 from git_model.errors import UserError
+from git_model.tasks.levels import Levels, Thing
 from git_model.tasks.registry import run
-from git_model.tasks.writers import Levels, Paragraph, Thing
+from git_model.tasks.writers import Paragraph
 
 pytest.importorskip("gradio", reason="the page's extra is not installed")
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from git_model.errors import ImageError, UserError
 from git_model.tasks.guard import Sandbox
+from git_model.tasks.levels import spelt
 from git_model.tasks.session import opened, without_folders
-from git_model.tasks.writers import spelt
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
 from git_model.tasks.dense import FourNumbers, Said, best, describe, shown_boxes
+from git_model.tasks.levels import Levels, Thing
 from git_model.tasks.options import ModelOptions, cache_folder
 from git_model.tasks.values import Range
-from git_model.tasks.writers import PROMPT, Levels, Paragraph, Thing, compose, template
+from git_model.tasks.writers import PROMPT, Paragraph, compose, template
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,8 +97,9 @@ class Teller:
         batch_size: int = 32,
         opened: dict[str, GitCaptioner | PublishedCaptioner] | None = None,
     ) -> None:
-        self.options, self.decoding, self.batch_size = regions, decoding, batch_size
-        self.writer_name, self.writer = writing.writer, template
+        self.options, self.batch_size = regions, batch_size
+        self.settings, self.until = decoding, math.inf  # max_time is a picture's, of all its texts
+        self.writer_name, self.language, self.writer = writing.writer, writing.language, template
         if writing.writer == "openai":  # before any model: a missing key is told at once
             from git_model.tasks.writers import Endpoint
 
@@ -121,11 +125,16 @@ class Teller:
         if writing.writer == "decoder":
             from git_model.tasks.writers import Itself
 
-            self.writer = Itself(captioner(None), decoding, form, writing.language)
+            self.writer = Itself(captioner(None), self.decoding, form, writing.language)
         self.bank: PhraseBank | None = None
         if names:
             self.bank = kept_bank(names, TwoTowers(regions.towers, self.device), cache_folder() / "phrases")
         self.proposer: RegionProposer | None = None
+
+    def decoding(self) -> Decoding:
+        """Return how texts are searched for, in the time that is left for this picture."""
+        left = None if self.settings.max_time is None else max(0.0, self.until - time.monotonic())
+        return replace(self.settings, max_time=left)
 
     def told(self, picture: Image, boxes: Sequence[FourNumbers] | None = None) -> Told:
         """Return a picture's levels and paragraph.
@@ -140,6 +149,7 @@ class Teller:
         from git_model.tasks.captioner import GitCaptioner
 
         size = (picture.width, picture.height)
+        self.until = time.monotonic() + (math.inf if self.settings.max_time is None else self.settings.max_time)
         if boxes is None:
             proposed = self._proposed(picture)
             if isinstance(self.of_regions, GitCaptioner) and self.of_regions.region_mode != "none":
@@ -152,11 +162,11 @@ class Teller:
             wanted = [in_picture(box, *size) for box in boxes]
             proposed = [(_whole_pixels(box), None) for box in wanted]
             said = self.of_boxes(picture, wanted)
-        caption = _whole_said(self.of_whole, picture, self.decoding) if self.of_whole else ""
+        caption = _whole_said(self.of_whole, picture, self.decoding()) if self.of_whole else ""
         things = tuple(Thing(s.box, s.text) for s in said)
         levels = Levels(size, caption, things, self._semantics(picture, proposed))
         scores = tuple(None if s.score is None else round(s.score, 6) for s in said)
-        return Told(levels, compose(levels, picture, self.writer_name, self.writer), scores)
+        return Told(levels, compose(levels, picture, self.writer_name, self.writer, self.language), scores)
 
     def of_boxes(self, picture: Image, boxes: Sequence[FourNumbers]) -> list[Said]:
         """Return a text for each box, by the region model: what is in the box alone, where it knows of no boxes."""
@@ -164,7 +174,7 @@ class Teller:
 
         captioner = self.of_regions
         if isinstance(captioner, GitCaptioner) and captioner.region_mode != "none":
-            return describe(captioner, picture, boxes, self.decoding, batch_size=self.batch_size)
+            return describe(captioner, picture, boxes, self.decoding(), batch_size=self.batch_size)
         parts = [picture.crop(_whole_pixels(box)) for box in boxes]
         return [Said(box, text, None) for box, text in zip(boxes, self._said(parts), strict=True)]
 
@@ -197,7 +207,7 @@ class Teller:
         captioner, texts = self.of_regions, list[str]()
         for start in range(0, len(pictures), self.batch_size):
             some = [captioner.prepare(picture) for picture in pictures[start : start + self.batch_size]]
-            texts += captioner.answer(captioner.encode(some), [""] * len(some), self.decoding)
+            texts += captioner.answer(captioner.encode(some), [""] * len(some), self.decoding())
         return texts
 
 

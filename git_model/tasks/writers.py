@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from git_model.errors import UserError
+from git_model.tasks.levels import Levels, Thing, place_of, spelt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,19 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_SENTENCES = 7
-PLACES = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
-PLACE_WORDS = re.compile(
-    r"\b(left|right|top|bottom|middle|cent(er|re)|corner|above|below|upper|lower|beside|between|behind|front)\b", re.I
+PLACE = re.compile(  # "on the right", "in the upper left corner", "below the tree"; not "the right answer"
+    r"\b(at|on|in|to|near|along|toward|towards|from|by)\b[^,;]{0,24}?"
+    r"\b(left|right|top|bottom|middle|cent(er|re)|corner|side|edge|foreground|background|front)\b"
+    r"|\b(above|below|under|beneath|beside|between|behind|next to)\b",
+    re.I,
 )
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
-NUMBERS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
 FILLERS = {"a", "an", "the", "of", "in", "on", "at", "with", "and", "or", "to", "is", "are", "it", "its", "by", "from"}
 RULES = (
     "Write one paragraph of at most seven sentences that describes the picture. Name every object with its color and "
@@ -52,59 +48,8 @@ PROMPT = (
 )
 
 
-@dataclass(frozen=True)
-class Thing:
-    """A box of a picture, left, top, right, bottom in its pixels, and what is said of it."""
-
-    box: tuple[float, float, float, float]
-    text: str
-
-    @property
-    def area(self) -> float:
-        """Pixels."""
-        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What is known of a picture, all in one frame: pixels of the upright picture.
-
-    Args:
-        size: width and height.
-        caption: of the whole picture; "" = none.
-        regions: dense captions.
-        semantics: what the largest regions are.
-    """
-
-    size: tuple[int, int]
-    caption: str
-    regions: tuple[Thing, ...]
-    semantics: tuple[Thing, ...] = ()
-
-
 # levels, their picture, what was wrong with the text before -> a paragraph
 Writer = Callable[["Levels", "Image | None", str], str]
-
-
-def place_of(box: Sequence[float], size: tuple[int, int]) -> str:
-    """Return where a box's centre is, in one of nine words; on a border between two thirds, the middle."""
-    row, column = (
-        0 if 3 * (low + high) < 2 * side else 2 if 3 * (low + high) > 4 * side else 1
-        for low, high, side in ((box[1], box[3], size[1]), (box[0], box[2], size[0]))
-    )
-    return PLACES[row][column]
-
-
-def spelt(text: str) -> str:
-    """Return a text as part of a sentence: numbers in words, no brackets, nothing that ends a sentence."""
-    text = re.sub(r"\d+(?:[.,]\d+)*", lambda found: _in_words(found[0]), text)
-    text = re.sub(r"[\[\](){}<>\"]", " ", text)
-    text = re.sub(r"[.!?;:]+", ",", text)
-    return re.sub(r"\s*,[\s,]*", ", ", " ".join(text.split())).strip(" ,")
-
-
-def _in_words(number: str) -> str:
-    return NUMBERS[int(number)] if number.isdecimal() and int(number) < len(NUMBERS) else "many"
 
 
 def template(levels: Levels, picture: Image | None = None, wrong: str = "") -> str:
@@ -127,8 +72,12 @@ def _listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
-def broken_rules(paragraph: str, levels: Levels) -> list[str]:
-    """Return what is wrong with a paragraph, in words for who writes it again; none = it may stand."""
+def broken_rules(paragraph: str, levels: Levels, language: str = "English") -> list[str]:
+    """Return what is wrong with a paragraph, in words for who writes it again; none = it may stand.
+
+    An object counts as placed where one sentence names it and a place. Its name is its last noun, or all its words if
+    another object has the same noun. In other languages than English only the form is judged: captions are English.
+    """
     wrong = []
     text = paragraph.strip()
     if not text:
@@ -142,12 +91,16 @@ def broken_rules(paragraph: str, levels: Levels) -> list[str]:
         wrong.append("it has digits")
     if re.search(r"[\[\](){}]", text):
         wrong.append("it has brackets")
-    placed = " ".join(sentence.casefold() for sentence in sentences if PLACE_WORDS.search(sentence))
-    words = set(re.findall(r"\w+", placed))
-    for thing in levels.regions:
-        named = [word for word in re.findall(r"\w+", spelt(thing.text).casefold()) if word not in FILLERS]
-        if named and named[-1] not in words:
-            wrong.append(f"it does not say where '{thing.text}' is")
+    if language.casefold() != "english":
+        return wrong
+    placed = [set(re.findall(r"\w+", sentence.casefold())) for sentence in sentences if PLACE.search(sentence)]
+    names = {spelt(thing.text).casefold() for thing in levels.regions}
+    words = {name: [word for word in re.findall(r"\w+", name) if word not in FILLERS] for name in sorted(names)}
+    nouns = Counter(named[-1] for named in words.values() if named)
+    for name, named in words.items():
+        wanted = set(named if named and nouns[named[-1]] > 1 else named[-1:])
+        if wanted and not any(wanted <= sentence for sentence in placed):
+            wrong.append(f"it does not say where '{name}' is")
     return wrong
 
 
@@ -198,9 +151,11 @@ class Endpoint:
         if not os.environ.get(key_env):
             raise UserError(f"the environment variable {key_env} is not set; writer 'openai' takes its key from it")
         self.error, self.model, self.form, self.language = openai.OpenAIError, model, form, language
-        self.client = openai.OpenAI(
-            api_key=os.environ[key_env], base_url=base_url, timeout=timeout, max_retries=retries
-        )
+        self.key_env, key = key_env, os.environ[key_env]
+        try:
+            self.client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=retries)
+        except Exception as error:  # httpx's, of an address that is none
+            raise UserError(f"base_url '{base_url}' is no address: {error}") from error
 
     def __call__(self, levels: Levels, picture: Image | None = None, wrong: str = "") -> str:
         """Return the endpoint's paragraph; raises Unwritten where it gives none."""
@@ -211,6 +166,8 @@ class Endpoint:
             return (out.choices[0].message.content or "").strip()
         except (self.error, IndexError, AttributeError, TypeError, ValueError) as error:
             code = getattr(error, "status_code", None)  # a provider's own words may hold what was sent
+            if code in (401, 403):  # of every picture
+                raise UserError(f"the endpoint refuses the key of {self.key_env} (status {code})") from error
             raise Unwritten(f"{type(error).__name__}{f' {code}' if code else ''}") from error
 
 
@@ -223,24 +180,25 @@ class Itself:
 
     Args:
         captioner: any.
-        decoding: how.
+        decoding: returns how, with the time that is left.
         form: of the prompt, see `prompt_of`.
         language: of the paragraph.
     """
 
     def __init__(
-        self, captioner: GitCaptioner | PublishedCaptioner, decoding: Decoding, form: str, language: str
+        self, captioner: GitCaptioner | PublishedCaptioner, decoding: Callable[[], Decoding], form: str, language: str
     ) -> None:
         self.captioner, self.decoding, self.form, self.language = captioner, decoding, form, language
 
     def __call__(self, levels: Levels, picture: Image | None, wrong: str = "") -> str:
         """Return the model's text; raises Unwritten where the prompt is too long for it."""
         assert picture is not None, "it looks at the picture"
+        decoding = self.decoding()
         asked = prompt_of(levels, self.form, self.language, wrong)
         try:
-            self.captioner.length(asked, self.decoding.longest)
+            self.captioner.length(asked, decoding.longest)
             encoded = self.captioner.encode([self.captioner.prepare(picture)])
-            return self.captioner.answer(encoded, [asked], self.decoding)[0].strip()
+            return self.captioner.answer(encoded, [asked], decoding)[0].strip()
         except UserError as error:
             raise Unwritten(str(error)) from error
 
@@ -254,7 +212,7 @@ class Paragraph:
     why: str = ""
 
 
-def compose(levels: Levels, picture: Image | None, name: str, writer: Writer) -> Paragraph:
+def compose(levels: Levels, picture: Image | None, name: str, writer: Writer, language: str = "English") -> Paragraph:
     """Return a paragraph that keeps the rules: the writer's first or second one, else the template's.
 
     Args:
@@ -262,6 +220,7 @@ def compose(levels: Levels, picture: Image | None, name: str, writer: Writer) ->
         picture: for writers that look at it.
         name: of the writer.
         writer: see `Writer`; may raise Unwritten.
+        language: of the writer; the template's is English.
     """
     wrong = ""
     for _ in range(2):
@@ -270,7 +229,7 @@ def compose(levels: Levels, picture: Image | None, name: str, writer: Writer) ->
         except Unwritten as error:
             wrong = str(error)
             break
-        broken = broken_rules(text, levels)
+        broken = broken_rules(text, levels, language if name != "template" else "English")
         if not broken:
             return Paragraph(text, name)
         wrong = "; ".join(broken)
