@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from paging import ROOT, Visitor, page_of
+from PIL import Image
 from test_dense import BOXES, SIZE, checkpoint, saved_png
 from tiny import byte_tokenizer, config
 
@@ -28,8 +29,8 @@ from git_model.models.build import build_model
 from git_model.tasks.captioner import open_captioner
 from git_model.tasks.picture import COLOURS
 from git_model.tasks.registry import run
-from git_model.tasks.session import MAX_PICTURES, Session
-from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker
+from git_model.tasks.session import MAX_PICTURES, Picture, Session, Turn, without_folders
+from git_model.tasks.speaker import MAX_PROMPT, Settings, Speaker, kept_turns
 
 pytest.importorskip("gradio", reason="the page's extra is not installed")
 
@@ -369,6 +370,18 @@ def test_visitors_that_are_answered_at_the_same_time_get_their_own_answers(model
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(lambda number: speaker.described(waiting[number], "", how).answer, order))
     assert said == [alone[number] for number in order]
+
+
+def test_what_a_session_forgets_and_hides() -> None:
+    picture = Picture(bytes(30 * 2**20), (1, 1), Image.new("RGB", (1, 1)))
+    turns = [Turn(str(number), "", (picture,)) for number in range(5)]
+    assert [turn.question for turn in kept_turns(turns)] == ["3", "4"]
+    large = Turn("all", "", (picture,) * 3)
+    assert kept_turns([*turns, large]) == (large,), "the newest stays"
+    told = "'/tmp/secret place/m.pt' and /a/b.c: no; http://x/y, a/b and 3/4"
+    assert without_folders(told) == "'/tmp/secret place/m.pt' and b.c: no; http://x/y, a/b and 3/4".replace(
+        "/tmp/secret", "secret"
+    )
 
 
 def test_a_taken_port_and_a_wrong_example(model: str, photo: str, tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def test_a_long_dialogue_loses_whole_turns(roi: str, tmp_path: Path, caplog: pyt
         assert size * len(kept.regions) + text + new <= most
         left.append(len(kept.regions))
     assert sorted(set(left), reverse=True) == [4, 3, 1]
+    none = captioner.shortened([turns[0], "x" * 60, "y" * 60], regions[:1], 150)
+    assert (none.prompt.count("[IMG]"), none.regions) == (0, regions[:1]), "no regions would be all pictures"
     path = saved_png(tmp_path / "a.png")
     history = [["look [IMG] what?", "a [IMG]thing"]]  # an answer's slot is none
     said = say(roi, path, bbox=[BOXES[0], BOXES[1]], history=history, prompt="and [IMG] this?")
@@ -226,6 +228,42 @@ def test_proposals_are_ranked_and_thinned(roi: str, tmp_path: Path) -> None:
     boxes = [entry["box"] for entry in found]
     assert suppressed(boxes, scores, 0.5) == list(range(5))
     assert run({**task, "top_k": 5}) == run({**task, "top_k": 5}), "the same twice"
+
+
+def test_a_row_whose_boxes_the_encoder_does_not_see(tmp_path: Path) -> None:
+    """Pictures cropped to a square: proposals outside of it are left out, given ones are an error of their row."""
+    settings = config(region={"mode": "roi", "width": 32, "heads": 4}, data={"resize": "crop"})
+    save_checkpoint(tmp_path / "m.pt", build_model(settings, byte_tokenizer()).eval(), settings, step=1, epoch=0)
+    Image.new("RGB", (300, 40), "red").save(tmp_path / "wide.png")
+    task = {"model_path": tmp_path / "m.pt", "image_path": tmp_path / "wide.png", "max_new_tokens": 3}
+    assert run({**task, "type": "dense_caption", "top_k": 50})["regions"]
+    with pytest.raises(UserError, match="boxes: box_cut_off"):
+        run({**task, "type": "dense_caption", "boxes": [[0, 0, 10, 10]]})
+    told = run({**task, "type": "image_to_paragraph", "top_k": 3})
+    assert told["regions"]
+
+
+def test_no_boxes(reader: str, tmp_path: Path) -> None:
+    captioner = open_captioner(reader, NONE, "cpu")
+    assert isinstance(captioner, GitCaptioner)
+    from git_model.models.language import Decoding
+
+    assert describe(captioner, scene(), [], Decoding(max_new_tokens=3)) == []
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    told = run({"type": "image_to_paragraph", "model_path": reader, "image_path": tmp_path / "dot.png"})
+    assert told["regions"] == []
+
+
+def test_an_answer_list_and_an_input_are_not_overlooked(roi: str, tmp_path: Path) -> None:
+    path = saved_png(tmp_path / "a.png")
+    task = {"type": "dense_caption", "model_path": roi, "image_path": path, "boxes": BOXES}
+    (tmp_path / "list.txt").write_text("cat\ndog\n")
+    found = run({**task, "answer_list": tmp_path / "list.txt"})["regions"]
+    assert {entry["text"] for entry in found} <= {"cat", "dog"}
+    for out in (path, roi):
+        with pytest.raises(UserError, match=r"would overwrite the input|ending of a picture"):
+            run({**task, "out_image": out})
+    assert Image.open(path).size == SIZE
 
 
 def test_best() -> None:

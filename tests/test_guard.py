@@ -57,7 +57,7 @@ def counting() -> Iterator[tuple[str, int]]:
     """A guarded application that tells how many bytes it was sent."""
 
     async def count(request: Request) -> PlainTextResponse:
-        return PlainTextResponse(str(len(await request.body())))
+        return PlainTextResponse(str(len(await request.body())), 503 if request.url.path == "/full" else 200)
 
     app = Starlette(routes=[Route("/{path:path}", count, methods=["GET", "POST"])])
     app.add_middleware(Guard, names=LOOPBACK, patience=PATIENCE)
@@ -125,6 +125,32 @@ def test_bodies(counting: tuple[str, int]) -> None:
     pictures = head(path="/gradio_api/upload", Content_Length=MAX_PICTURES * MAX_UPLOAD)
     assert status(counting, pictures, bytes(MAX_PICTURES * MAX_UPLOAD)) == 200
     assert status(counting, head(path="/gradio_api/upload", Content_Length=2**30)) == 413
+
+
+def test_come_back_later(counting: tuple[str, int]) -> None:
+    host, port = counting
+    assert httpx.get(f"http://{host}:{port}/full").headers["retry-after"] == "10"
+    assert "retry-after" not in httpx.get(f"http://{host}:{port}/").headers
+
+
+def test_uploads_are_counted_and_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = Guard(None, uploads=Pace(2), folder=str(tmp_path))  # type: ignore[arg-type]
+    scope: dict[str, Any] = {
+        "type": "http",
+        "path": "/gradio_api/upload",
+        "method": "POST",
+        "query_string": b"",
+        "headers": [],
+    }
+    scope["client"] = ("10.0.0.1", 1)
+    assert guard._refused(scope) is None
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "kept.png").write_bytes(bytes(100))
+    monkeypatch.setattr("git_model.tasks.guard.MAX_STORED", 99)
+    assert guard._refused(scope) == (503, b"too many pictures are kept at the moment")
+    assert (guard._refused(scope) or (0,))[0] == 429
+    assert guard._refused({**scope, "path": "/"}) is None
+    assert (guard._refused({**scope, "headers": [(b"content-length", b"9" * 5000)]}) or (0,))[0] == 413
 
 
 def test_slow_ones_do_not_hold_up_others(counting: tuple[str, int]) -> None:

@@ -107,6 +107,19 @@ def test_names_are_marked_once_and_escaped() -> None:
     assert "&lt;/script&gt;" in shown
 
 
+def test_a_file_of_paragraphs_is_used_as_it_is(gallery: Path, model: str, minilm: str, tmp_path: Path) -> None:
+    from git_model.tasks.demo import _finder
+    from git_model.tasks.options import ModelOptions, SearchOptions
+    from git_model.tasks.teller import RegionOptions, WriterOptions
+
+    said = tmp_path / "said.tsv"
+    said.write_text('p1.png\t[{"caption": "written by hand"}]\n')
+    options = (RegionOptions(), WriterOptions(), ModelOptions(model_path=model), SearchOptions())
+    found = _finder(str(gallery), str(said), minilm, *options)
+    assert (found.keys, found.texts) == (["p1.png"], ["written by hand"])
+    assert said.read_text() == 'p1.png\t[{"caption": "written by hand"}]\n'
+
+
 def test_what_does_not_fit(model: str, gallery: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gallery and gallery_tsv belong together"):
         run({"type": "demo", "model_path": model, "port": 0, "gallery": gallery})

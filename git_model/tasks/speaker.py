@@ -105,7 +105,7 @@ class Speaker:
         pictures = [*(picture for turn in turns for picture in turn.pictures), *new]
         text = self._say([*told, question], pictures, how)
         record = self._record(question, new, text, how)
-        dialogue = _kept([*turns, Turn(question, text, new)])
+        dialogue = kept_turns([*turns, Turn(question, text, new)])
         done = replace(session, pictures=(), chosen=0, corner=None, turns=dialogue, message="")
         return replace(done, answer=text, record=record)
 
@@ -140,7 +140,7 @@ class Speaker:
         return json.dumps(said, ensure_ascii=False, indent=1)
 
 
-def _kept(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+def kept_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return the newest turns, whose pictures have at most MAX_KEPT bytes; the newest stays."""
     size, first = 0, len(turns)
     while first > 0:
