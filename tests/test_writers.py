@@ -296,7 +296,7 @@ def test_a_refused_key_is_the_users_to_mend(provider: tuple[type[Provider], str]
 
 def test_another_language(provider: tuple[type[Provider], str]) -> None:
     handler, url = provider
-    german = "Oben links ist ein grosser roter Kreis, in der Mitte ein blauer Stern."
+    german = "Oben links steht ein grosser roter Kreis, in der Mitte ein blauer Stern."
     handler.answers += [said(german)]
     writer = Endpoint(url, "m", "SOME_KEY", 5, 0, PROMPT, "German")
     assert compose(SCENE, None, "openai", writer, "German").text == german
