@@ -1,10 +1,11 @@
-"""torch.compile of the training forward: one graph, and no new one for every length of text."""
+"""torch.compile of the training forward and of decoding: no new graph for every length of text."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import captions, collator, git_model
+from test_search import SEARCHES, ending, found
+from tiny import captions, collator, git_model, language_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from git_model.batch import CaptionBatch
@@ -35,3 +36,21 @@ def test_one_graph_and_few_shapes(architecture: str, pack: bool) -> None:
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 3, "the first shape, then any"
+
+
+@pytest.mark.parametrize(("architecture", "search"), [("gpt2", "4 beams"), ("llama", "greedy")])
+def test_decoding_steps_are_few_graphs_and_say_the_same(
+    architecture: str, search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    language = ending(language_model(architecture, "bidirectional"))
+    expected = found(language, SEARCHES[search], 3, plain=False)
+    counter, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda body, **how: compiled(body, backend=counter, fullgraph=True, **how))
+    before = set(language.state_dict())
+    language.compile_steps()
+    ids, scores = found(language, SEARCHES[search], 3, plain=False)
+    assert ids == expected[0]
+    assert scores == pytest.approx(expected[1], abs=1e-4)
+    assert 1 <= counter.frame_count <= 6, "not one for every length"
+    assert set(language.state_dict()) == before

@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
         config = model.config
         self.compute = compute
         self._branches: bool | None = None
+        self._step: tuple[Any, ...] = ()  # the compiled decoder; in a tuple, or it would be a second part of this one
         self.room: Room | None = Room()
         self.sharded = False  # over processes, which then have to take every step together
         self.dim: int = model.get_input_embeddings().embedding_dim  # E
@@ -63,6 +64,15 @@ class LanguageModel(nn.Module):
     def body(self) -> Any:
         """The decoder without its vocabulary projection; what `generate` calls too (OPT's is two floors down)."""
         return self.model.get_decoder()
+
+    @property
+    def step(self) -> Any:
+        """What decodes the tokens after a prompt: the body, compiled where that was asked for."""
+        return self._step[0] if self._step else self.body
+
+    def compile_steps(self) -> None:
+        """Compile what is run for every new token: one graph for all lengths, which pays on GPUs, in long runs."""
+        self._step = (torch.compile(self.body, dynamic=True),)
 
     def adapters(self) -> dict[str, Tensor]:
         """Return the parameters of LoRA's adapters by name; none where the model has none."""

@@ -100,7 +100,7 @@ class Tree:
         positions[row[:, None], place] = self.position[:, None].expand(-1, beams)
         seen = torch.zeros(self.visible.shape, dtype=mask.dtype, device=device)
         mask[row[:, None], place] = seen.masked_fill(~self.visible, low)
-        out = self.language.body(
+        out = self.language.step(
             inputs_embeds=table(ids).to(self.embeds.dtype),
             attention_mask=mask[:, None],
             position_ids=positions,

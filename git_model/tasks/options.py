@@ -29,6 +29,7 @@ class ModelOptions:
     output_grid: bool | None = None
     input_resolution: Annotated[int, Range(16, 4096)] | None = None
     device: str = "auto"
+    compile: bool = False
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -53,9 +54,14 @@ class ModelOptions:
 
     def open(self) -> GitCaptioner | PublishedCaptioner:
         """Load the model; see `open_captioner`."""
-        from git_model.tasks.captioner import open_captioner
+        from git_model.tasks.captioner import GitCaptioner, open_captioner
 
-        return open_captioner(self.model_path, self.architecture, self.device, self.prompt_format)
+        captioner = open_captioner(self.model_path, self.architecture, self.device, self.prompt_format)
+        if self.compile:
+            if not isinstance(captioner, GitCaptioner):
+                raise UserError(f"compile is for our checkpoints, {self.model_path} is a Hugging Face model")
+            captioner.model.language.compile_steps()
+        return captioner
 
 
 @dataclass(frozen=True, kw_only=True)
