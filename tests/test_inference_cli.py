@@ -35,7 +35,7 @@ def paint(
 ) -> dict[str, Any]:
     """Return what it was asked for.
 
-    Not part of the help.
+    grid: a key that is explained.
     """
     print("noise of a library")
     logging.getLogger("paint").info("painting")
@@ -279,9 +279,10 @@ def test_help_teaches_every_task(root: Path) -> None:
     for name, task in TASKS.items():
         assert f"'type': '{name}'" in done.stdout
         assert all(f"      {key} " in done.stdout for key in keys_of(task))
-    assert describe({"paint": paint}).splitlines()[:5] == [
+    assert describe({"paint": paint}).splitlines()[:6] == [
         "'type': 'paint'",
         "    Return what it was asked for.",
+        "    grid: a key that is explained.",
         "      image_path           text or a list (text each) [required]",
         "      title                text [required]",
         "      beams                a whole number from 1 to 100 [1]",

@@ -152,14 +152,14 @@ def test_regions_from_a_file(roi: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({}, "give image_path or image_tsv"),
-        ({"image_path": "{png}", "image_tsv": "{tsv}"}, "give image_path or image_tsv"),
+        ({}, "give one of image_path and image_tsv"),
+        ({"image_path": "{png}", "image_tsv": "{tsv}"}, "give one of image_path and image_tsv"),
         ({"image_tsv": "{tsv}"}, "needs out_tsv"),
         (
             {"image_tsv": "{tsv}", "out_tsv": "o.tsv", "boxes": [[0, 0, 1, 1]]},
             "boxes and out_image are for one picture",
         ),
-        ({"image_path": "{png}", "region_tsv": "{tsv}"}, "region_tsv has the rows of image_tsv"),
+        ({"image_path": "{png}", "region_tsv": "{tsv}"}, "region_tsv goes with image_tsv"),
         ({"image_path": "{png}", "writer": "gpt"}, "writer must be one of"),
         ({"image_path": "{png}", "writer_prompt": "none.txt"}, "cannot read writer_prompt 'none.txt'"),
         ({"image_path": "{png}", "writer": "openai", "key_env": "NOT_SET"}, "NOT_SET is not set"),
@@ -267,7 +267,7 @@ def test_redrawn_from_its_edges_and_text(roi: str, tmp_path: Path) -> None:
     task = {**TASK, "model_path": roi, "image_path": saved_png(tmp_path / "a.png"), "controlnet": control}
     told = run({**task, "out_image": tmp_path / "out.png", "redraw": model})
     drawn = Image.open(tmp_path / "out.png")
-    assert drawn.width == SIZE[0] + round(88 * SIZE[1] / 64)
+    assert drawn.width == 6 * SIZE[0] + round(88 * 6 * SIZE[1] / 64)
     assert told == run({**TASK, "model_path": roi, "image_path": tmp_path / "a.png"})
     with pytest.raises(UserError, match="draws into out_image"):
         run({**task, "redraw": model})

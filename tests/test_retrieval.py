@@ -162,7 +162,7 @@ def test_what_cannot_be_scored(minilm: str, tmp_path: Path) -> None:
         run(task)
     with pytest.raises(UserError, match="1 images have no caption, such as x"):
         run({**task, "subset": True})
-    with pytest.raises(UserError, match="give paragraph_tsv, or references"):
+    with pytest.raises(UserError, match="give one of paragraph_tsv and references"):
         run({**task, "references": "first"})
     write_tsv(tmp_path / "one.tsv", [("a", json_cell([{"caption": "alone"}]))])
     with pytest.raises(UserError, match="needs two captions a picture; image 'a' has one"):

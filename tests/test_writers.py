@@ -306,11 +306,21 @@ def test_another_language(provider: tuple[type[Provider], str]) -> None:
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "k")
-    assert compose(SCENE, None, "openai", endpoint("http://127.0.0.1:9/v1", retries=0)).why == "APIConnectionError"
+    assert (
+        compose(SCENE, None, "openai", endpoint("http://127.0.0.1:9/v1", retries=0)).why
+        == "APIConnectionError of http://127.0.0.1:9/v1"
+    )
     monkeypatch.delenv("SOME_KEY")
     monkeypatch.setenv("SOME_KEY", "k")
     with pytest.raises(UserError, match="base_url 'http://a:b' is no address"):
         endpoint("http://a:b")
     monkeypatch.delenv("SOME_KEY")
     with pytest.raises(UserError, match="SOME_KEY is not set"):
-        endpoint("http://127.0.0.1:9/v1")
+        endpoint("https://api.openai.com/v1")
+    with pytest.raises(UserError, match="begins with http"):
+        endpoint("127.0.0.1:9")
+    lost = endpoint("http://127.0.0.1:9/v1", retries=0)  # which needs no key
+    for _ in range(4):
+        assert compose(SCENE, None, "openai", lost).writer == "template"
+    with pytest.raises(UserError, match="5 times in a row: is it there"):
+        compose(SCENE, None, "openai", lost)

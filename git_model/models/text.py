@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from git_model.errors import UserError
+from git_model.models.decoders import quiet_bitsandbytes
 from git_model.models.hub import check_name, quiet_transformers
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
@@ -25,6 +26,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str = DEFAULT, device: str = "cpu") -> None:
+        quiet_bitsandbytes()
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:

@@ -80,6 +80,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="captioner-page-") as folder:
         # read by Gradio while it is imported, or a component made
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
         from git_model.tasks.page import Page
         from git_model.tasks.speaker import Speaker
         from git_model.tasks.teller import Teller

@@ -50,7 +50,7 @@ def dense_caption(
     """Caption every given box of a picture, or the `top_k` of those proposed of whose captions the model is surest."""
     model.check()
     from git_model.models.proposals import RegionProposer
-    from git_model.tasks.picture import annotated, check_name, read_picture, save_picture
+    from git_model.tasks.picture import check_name, enlarged, read_picture, save_picture
 
     if out_image is not None:
         check_name(out_image, image_path, model.model_path)
@@ -66,7 +66,7 @@ def dense_caption(
     if not boxes:
         found = best(found, top_k, overlap)
     if out_image is not None:
-        save_picture(annotated(picture, [(said.box, said.text) for said in found]), out_image)
+        save_picture(enlarged(picture, [(said.box, said.text) for said in found]), out_image)
     return {"image_path": image_path, "regions": [vars(said) for said in found]}
 
 

@@ -49,7 +49,7 @@ def image_to_paragraph(
 
     folder = image_path is not None and Path(image_path).is_dir()
     if (image_path is None) == (image_tsv is None):
-        raise UserError("give image_path or image_tsv")
+        raise UserError("give one of image_path and image_tsv")
     if (folder or image_tsv) and out_tsv is None:
         raise UserError("a folder or a TSV of pictures needs out_tsv")
     if (folder or image_tsv) and (boxes or out_image):
@@ -61,7 +61,7 @@ def image_to_paragraph(
     if search.answer_list:
         raise UserError("answer_list is for answers; a paragraph is none")
     if region_tsv and not image_tsv:
-        raise UserError("region_tsv has the rows of image_tsv")
+        raise UserError("region_tsv goes with image_tsv, whose keys it has")
     model.check()
     for other in filter(None, (regions.caption_model, regions.region_model)):
         check_model_path(other)
@@ -69,7 +69,7 @@ def image_to_paragraph(
     inputs = [image_path, image_tsv, region_tsv, model.model_path, regions.caption_model, regions.region_model]
     inputs += [regions.phrases, writing.writer_prompt]
     if not (folder or image_tsv):
-        from git_model.tasks.picture import annotated, beside, captioned, check_name, read_picture, save_picture
+        from git_model.tasks.picture import beside, captioned, check_name, enlarged, read_picture, save_picture
 
         if out_image is not None:
             check_name(out_image, *inputs)
@@ -80,7 +80,7 @@ def image_to_paragraph(
         except ImageError as error:
             raise UserError(f"boxes: {error}") from error
         if out_image is not None:
-            drawn = annotated(picture, [(thing.box, thing.text) for thing in told.levels.regions])
+            drawn = enlarged(picture, [(thing.box, thing.text) for thing in told.levels.regions])
             if redraw is not None:
                 from git_model.models.diffusion import Redrawer
 

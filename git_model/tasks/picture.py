@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from git_model.datasets.files import refuse_overwriting, write_all
 from git_model.errors import ImageError, UserError, one_of
 
+LEGIBLE = 480  # pixels of the longer side at least, for labels
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -45,6 +46,13 @@ def annotated(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]
             pen.rectangle(pen.textbbox((x, y), text, font=font), fill=colour)
             pen.text((x, y), text, fill="white", font=font)
     return drawn
+
+
+def enlarged(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Image.Image:
+    """Return what `annotated` returns, a small picture first made as large as labels need."""
+    scale = max(1, -(-LEGIBLE // max(picture.size)))
+    large = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    return annotated(large, [([value * scale for value in box], text) for box, text in boxes])
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -133,8 +133,8 @@ def describe(tasks: Mapping[str, Task] = TASKS) -> str:
     """Return the help text: each type, what it does, and its keys with types and defaults."""
     lines = []
     for name, task in tasks.items():
-        summary = (inspect.getdoc(task) or "").partition("\n\n")[0].replace("\n", " ")
-        lines += [f"'type': '{name}'", *([f"    {summary}"] if summary else [])]
+        told = [f"    {line}" for line in (inspect.getdoc(task) or "").splitlines() if line]
+        lines += [f"'type': '{name}'", *told]
         for shown, key in keys_of(task).items():
             default = "required" if key.required else _show_default(key.default)
             lines.append(f"      {shown:<20} {wanted(key.annotation)} [{default}]")

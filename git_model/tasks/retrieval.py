@@ -42,7 +42,7 @@ def evaluate_retrieval(
     baselines: also the score of joined captions, and of texts dealt out to the wrong pictures.
     """
     if (paragraph_tsv is None) == (references is None):
-        raise UserError("give paragraph_tsv, or references: 'first' or 'joined'")
+        raise UserError("give one of paragraph_tsv and references ('first' or 'joined')")
     from git_model.datasets.annotations import read_references, read_results
     from git_model.datasets.files import write_all
     from git_model.models.text import SentenceEncoder

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from git_model.errors import UserError
 from git_model.tasks.levels import Levels, Thing, place_of, spelt
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_SENTENCES = 7
+GIVE_UP = 5  # pictures in a row for which an endpoint gives nothing
 PLACE = re.compile(  # "on the right", "in the upper left corner", "below the tree"; not "the right answer"
     r"\b(at|on|in|to|near|along|toward|towards|from|by)\b[^,;]{0,24}?"
     r"\b(left|right|top|bottom|middle|cent(er|re)|corner|side|edge|foreground|background|front)\b"
@@ -148,10 +150,13 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError("writer 'openai' needs: pip install 'generative-image-to-text[openai]'") from error
-        if not os.environ.get(key_env):
+        if urlsplit(base_url).scheme not in ("http", "https"):
+            raise UserError(f"base_url is '{base_url}'; it begins with http:// or https://")
+        if not os.environ.get(key_env) and base_url.startswith("https://api.openai.com"):
             raise UserError(f"the environment variable {key_env} is not set; writer 'openai' takes its key from it")
         self.error, self.model, self.form, self.language = openai.OpenAIError, model, form, language
-        self.key_env, key = key_env, os.environ[key_env]
+        self.key_env, key = key_env, os.environ.get(key_env) or "none"  # servers of one's own want none
+        self.base_url, self.silent = base_url, 0  # how often in a row it gave nothing
         try:
             self.client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=retries)
         except Exception as error:  # httpx's, of an address that is none
@@ -163,12 +168,20 @@ class Endpoint:
         messages: Any = [{"role": "user", "content": asked}]
         try:
             out = self.client.chat.completions.create(model=self.model, messages=messages)
-            return (out.choices[0].message.content or "").strip()
+            text = (out.choices[0].message.content or "").strip()
+            self.silent = 0
+            return text
         except (self.error, IndexError, AttributeError, TypeError, ValueError) as error:
             code = getattr(error, "status_code", None)  # a provider's own words may hold what was sent
             if code in (401, 403):  # of every picture
                 raise UserError(f"the endpoint refuses the key of {self.key_env} (status {code})") from error
-            raise Unwritten(f"{type(error).__name__}{f' {code}' if code else ''}") from error
+            self.silent += 1
+            told = f"{type(error).__name__}{f' {code}' if code else ''} of {self.base_url}"
+            if self.silent == GIVE_UP:
+                raise UserError(
+                    f"{told}, {GIVE_UP} times in a row: is it there? What was written before is kept"
+                ) from error
+            raise Unwritten(told) from error
 
 
 class Unwritten(Exception):
