@@ -219,7 +219,8 @@ class LanguageModel(nn.Module):
         if batch.packed or not bool(batch.attention_mask[:, -1].all()):
             raise ValueError("transformers' generate takes one prompt a row, padded on the left")
         self._check_room(embeds.shape[1], decoding)
-        settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id)
+        told = {"return_dict_in_generate": True, "output_logits": scored}  # logits of every step: large
+        settings = decoding.settings(eos_id, pad_id, bos_token_id=eos_id, **told)
         if decoding.sample:
             torch.manual_seed(decoding.seed)
         with self._prefill_mask(batch), self._arithmetic(embeds.device.type):
@@ -227,8 +228,6 @@ class LanguageModel(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.long(),
                 synced_gpus=self.sharded,
-                return_dict_in_generate=True,
-                output_logits=scored,  # of every step: large
                 **settings,
             )
         ids = out.sequences  # (R,new)
