@@ -17,7 +17,7 @@ from git_model.errors import UserError
 from git_model.models.decoding import Decoding
 from git_model.models.lora import adapters, merge_adapters
 from git_model.models.prompts import follows_masks, one_a_row
-from git_model.models.search import Found, lengths, search
+from git_model.models.search import Found, mean_of_text, search
 from git_model.models.vocabulary import Room, logits_of, vocabulary_loss
 
 log = logging.getLogger(__name__)
@@ -235,9 +235,7 @@ class LanguageModel(nn.Module):
             return Found(ids)
         beams = getattr(out, "beam_indices", None)
         odds = self.model.compute_transition_scores(ids, out.logits, beams, normalize_logits=True)  # (R,new)
-        counts = lengths(ids, eos_id)  # (R,)
-        counted = torch.arange(odds.shape[1], device=odds.device) < counts[:, None]  # (R,new)
-        return Found(ids, odds.where(counted, 0.0).sum(1) / counts)
+        return Found(ids, mean_of_text(odds, ids, eos_id))
 
     def _arithmetic(self, device: str) -> torch.autocast:
         half = self.compute in (torch.float16, torch.bfloat16)

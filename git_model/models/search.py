@@ -242,10 +242,12 @@ def search(
     return Found(choice.found, choice.means)
 
 
-def lengths(ids: Tensor, eos_id: int) -> Tensor:
-    """Return how many of the ids (G,new) are text, its end included, (G,)."""
+def mean_of_text(odds: Tensor, ids: Tensor, eos_id: int) -> Tensor:
+    """Return the mean of the values (G,new) of those ids (G,new) that are text, its end included, (G,)."""
     ends = ids == eos_id
-    return torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1])
+    counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1])  # (G,)
+    counted = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]  # (G,new)
+    return odds.where(counted, 0.0).sum(1) / counts
 
 
 def forbidden(scores: Tensor, decoding: Decoding, step: int, eos_id: int, ids: Tensor) -> Tensor:

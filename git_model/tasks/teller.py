@@ -146,14 +146,12 @@ class Teller:
         Raises:
             ImageError, UserError: a box that is none of this picture.
         """
-        from git_model.tasks.captioner import GitCaptioner
-
         size = (picture.width, picture.height)
         self.until = time.monotonic() + (math.inf if self.settings.max_time is None else self.settings.max_time)
         if boxes is None:
             proposed = self._proposed(picture)
-            if isinstance(self.of_regions, GitCaptioner) and self.of_regions.region_mode != "none":
-                shown = set(shown_boxes(self.of_regions, picture, [box for box, _ in proposed]))
+            if reader := self._region_reader():
+                shown = set(shown_boxes(reader, picture, [box for box, _ in proposed]))
                 proposed = [(box, mask) for box, mask in proposed if box in shown]
             said = best(self.of_boxes(picture, [box for box, _ in proposed]), self.options.top_k, self.options.overlap)
         else:
@@ -162,7 +160,7 @@ class Teller:
             wanted = [in_picture(box, *size) for box in boxes]
             proposed = [(_whole_pixels(box), None) for box in wanted]
             said = self.of_boxes(picture, wanted)
-        caption = _whole_said(self.of_whole, picture, self.decoding()) if self.of_whole else ""
+        caption = self._said(self.of_whole, [picture])[0] if self.of_whole else ""
         things = tuple(Thing(s.box, s.text) for s in said)
         levels = Levels(size, caption, things, self._semantics(picture, proposed))
         scores = tuple(None if s.score is None else round(s.score, 6) for s in said)
@@ -170,13 +168,17 @@ class Teller:
 
     def of_boxes(self, picture: Image, boxes: Sequence[FourNumbers]) -> list[Said]:
         """Return a text for each box, by the region model: what is in the box alone, where it knows of no boxes."""
+        if reader := self._region_reader():
+            return describe(reader, picture, boxes, self.decoding(), batch_size=self.batch_size)
+        texts = self._said(self.of_regions, [picture.crop(_whole_pixels(box)) for box in boxes])
+        return [Said(box, text, None) for box, text in zip(boxes, texts, strict=True)]
+
+    def _region_reader(self) -> GitCaptioner | None:
+        """Return the region model if it reads boxes."""
         from git_model.tasks.captioner import GitCaptioner
 
         captioner = self.of_regions
-        if isinstance(captioner, GitCaptioner) and captioner.region_mode != "none":
-            return describe(captioner, picture, boxes, self.decoding(), batch_size=self.batch_size)
-        parts = [picture.crop(_whole_pixels(box)) for box in boxes]
-        return [Said(box, text, None) for box, text in zip(boxes, self._said(parts), strict=True)]
+        return captioner if isinstance(captioner, GitCaptioner) and captioner.region_mode != "none" else None
 
     def _proposed(self, picture: Image) -> list[Proposed]:
         from git_model.models.proposals import RegionProposer
@@ -196,23 +198,19 @@ class Teller:
         if self.bank is not None:
             texts = [names[0] for names in self.bank.nearest(self.bank.towers.pictures(parts))]
         else:
-            texts = self._said(parts)
+            texts = self._said(self.of_regions, parts)
         return tuple(
             Thing((float(a), float(b), float(c), float(d)), text)
             for ((a, b, c, d), _), text in zip(largest, texts, strict=True)
         )
 
-    def _said(self, pictures: Sequence[Image]) -> list[str]:
-        """Return a caption of each picture, by the region model."""
-        captioner, texts = self.of_regions, list[str]()
+    def _said(self, captioner: GitCaptioner | PublishedCaptioner, pictures: Sequence[Image]) -> list[str]:
+        """Return a caption of each picture."""
+        texts: list[str] = []
         for start in range(0, len(pictures), self.batch_size):
             some = [captioner.prepare(picture) for picture in pictures[start : start + self.batch_size]]
             texts += captioner.answer(captioner.encode(some), [""] * len(some), self.decoding())
         return texts
-
-
-def _whole_said(captioner: Any, picture: Image, decoding: Decoding) -> str:
-    return captioner.answer(captioner.encode([captioner.prepare(picture)]), [""], decoding)[0]
 
 
 def _whole_pixels(box: Sequence[float]) -> tuple[int, int, int, int]:
