@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from git_model.errors import UserError, one_of
 
 FEATURES = ("pooled", "grid")
 PARTS = ("vision", "mapper", "language")
+REGRESSORS: dict[str, tuple[str, ...]] = {"none": PARTS, "head": ("vision", "head"), "ensemble": ("fusion", "head")}
+ALL_PARTS = tuple(dict.fromkeys(part for parts in REGRESSORS.values() for part in parts))
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # which features each mapper can read, and why not the others
 MAPPER_FEATURES: dict[str, tuple[str, ...]] = {
@@ -223,3 +227,36 @@ class LanguageConfig:
             check(not self.lora.rank, f"--lora_rank {self.lora.rank} {told}")
         choice("language.prefix_attention", self.prefix_attention, ("causal", "bidirectional"))
         choice("language.dtype", self.dtype, ("auto", *DTYPES.values()))
+
+
+@dataclass(frozen=True)
+class RegressorConfig:
+    """A model whose answer is a vector, that of the prompt's text, in place of mapper and language model."""
+
+    type: str = "none"
+    """'none': the model writes text; 'head': picture -> encoder -> vector; 'ensemble': features of several sources ->
+    transformer -> vector (its data are of type 'vectors')"""
+    text_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """whose vectors of the texts are the answers; a sentence-transformers id or folder"""
+    dim: int = 384
+    """numbers of a vector"""
+    hidden: int = 0
+    """of 'head': width of a layer between; 0 = none"""
+    width: int = 512
+    """of 'ensemble', as depth, heads and dropout"""
+    depth: int = 3
+    heads: int = 8
+    dropout: float = 0.1
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    """of 'ensemble': names and widths, in order; {} = as they are in the data"""
+
+    def __post_init__(self) -> None:
+        choice("regressor.type (--regressor)", self.type, tuple(REGRESSORS))
+        for name in ("dim", "width", "depth", "heads"):
+            check(getattr(self, name) >= 1, f"regressor.{name} {getattr(self, name)} is below 1")
+        check(self.hidden >= 0, f"regressor.hidden {self.hidden} is below 0")
+        check(self.width % self.heads == 0, f"regressor.width {self.width} is no multiple of heads {self.heads}")
+        check(0 <= self.dropout < 1, f"regressor.dropout {self.dropout} is not in [0, 1)")
+        for name, width in self.sources.items():
+            told = f"regressor.sources.{name} {width!r} is no width, a whole number above 0"
+            check(isinstance(width, int) and not isinstance(width, bool) and width > 0, told)

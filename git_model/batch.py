@@ -1,9 +1,10 @@
-"""The words the rooms exchange: Sample and CaptionBatch, and the legend of tensor shapes.
+"""The words the rooms exchange: Sample, CaptionBatch and RegressionBatch, and the legend of tensor shapes.
 
 Shape letters, used in every tensor comment of the project:
 
     B samples   R rows of a batch   I images   N vision tokens   D vision width
     K image tokens for the LM   E LM width   T text length   V vocabulary   Q regions (a picture, or a box in it)
+    S sources of an ensemble   F numbers of a text's vector
 """
 
 from __future__ import annotations
@@ -64,11 +65,15 @@ class Sample:
         key: the record's name in its data set.
         images: encoded image files (JPEG, PNG...), one per ``[IMG]`` slot.
         targets: captions and question/answer pairs that share these images.
+        features: of an ensemble, in place of images: S arrays (D,), one of nan for a source that is missing.
+        wanted: (F,) the vector to learn, where it is given itself and not by a text.
     """
 
     key: str
     images: tuple[bytes, ...]
     targets: tuple[Target, ...] = ()
+    features: tuple[Any, ...] = ()
+    wanted: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +179,51 @@ class CaptionBatch:
 
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True, slots=True)
+class RegressionBatch:
+    """Pictures, or features of several sources, and the vectors of what was said of them.
+
+    Args:
+        inputs: pictures (I,3,H,W) uint8 or features of them (I,N,D), alone; or S tensors (I,D) of an ensemble.
+        missing: (I,S) bool; sources that are not there; None where there are no sources.
+        which: (B,) long; the picture that a vector belongs to.
+        wanted: (B,F) float.
+        keys: the samples' keys, I of them.
+        skipped: records left out of this batch.
+    """
+
+    inputs: tuple[Tensor, ...]
+    missing: Tensor | None
+    which: Tensor
+    wanted: Tensor
+    keys: tuple[str, ...] = ()
+    skipped: tuple[BadSample, ...] = ()
+    truncated: int = 0
+
+    @property
+    def images(self) -> Tensor:
+        """What has a row for each picture."""
+        return self.inputs[0]
+
+    @property
+    def num_targets(self) -> int:
+        """How many vectors are trained on."""
+        return len(self.wanted)
+
+    def pin_memory(self) -> RegressionBatch:
+        """Return the batch with its tensors in pinned memory, for the loader."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: Any, non_blocking: bool = True) -> RegressionBatch:
+        """Return the batch with its tensors on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RegressionBatch:
+        missing = None if self.missing is None else change(self.missing)
+        inputs = tuple(change(tensor) for tensor in self.inputs)
+        return replace(self, inputs=inputs, missing=missing, which=change(self.which), wanted=change(self.wanted))
+
+
+Batch = CaptionBatch | RegressionBatch

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from git_model.architecture import PARTS
 from git_model.config import Config
 from git_model.datasets.files import write_all
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
-from git_model.models.build import build_model
+from git_model.models.build import build_model, build_regressor
 from git_model.models.git import GitModel
 from git_model.models.native import read_native
+from git_model.models.parts import PartedModel
+from git_model.models.regressor import EnsembleRegressor, PromptRegressor
 from git_model.schema import from_dict, to_dict
 from git_model.tokens import tokenizer_from_json
 from git_model.weights import fetched_parts, held_tensors, identify, load_part, parts_of
@@ -92,7 +93,7 @@ def is_sealed(path: Path) -> bool:
 
 
 def model_file(
-    model: GitModel,
+    model: PartedModel,
     config: Config,
     *,
     step: int,
@@ -115,7 +116,7 @@ def model_file(
     names = {"vision": config.vision.name, "mapper": config.mapper.type, "language": config.language.name}
     known = model.fingerprints or identify(model)
     frozen = {part: {"name": names[part], "fingerprint": known[part]} for part in fetched_parts(model)}
-    small = config.language.name == "small"
+    small = isinstance(model, GitModel) and config.language.name == "small"
     content = {
         "format": FORMAT,
         "config": to_dict(config),
@@ -130,7 +131,7 @@ def model_file(
     return sealed(content)
 
 
-def save_checkpoint(path: Path, model: GitModel, config: Config, **where: Any) -> None:
+def save_checkpoint(path: Path, model: PartedModel, config: Config, **where: Any) -> None:
     """Write a model file, whole or not at all; `where` as in `model_file`.
 
     Raises:
@@ -201,33 +202,58 @@ def load_checkpoint(
         frozen = {part: {"name": name} for part, name in names.items() if part not in held and name != "small"}
         content = {"tensors": content, "config": to_dict(bare_config), "frozen": frozen}
     config = from_dict(Config, content["config"])
+    if config.regressor.type != "none":
+        told = "a regressor, which gives vectors and no text; the task embed_prompt takes it"
+        raise UserError(f"{path} is {told}")
     text = content.get("tokenizer")
-    held = _held(path, content)
+    held = _held(path, content, config.parts)
     frozen = content.get("frozen", {})
     trained_bits = config.language.bits
     requantised = bits is not None and bits != trained_bits
     if bits is not None:
         config = replace(config, language=replace(config.language, bits=bits))
     model = build_model(config, tokenizer_from_json(text) if text else None, held - set(frozen), device)
-    own = identify(model)
-    for part in held:
-        load_part(path, model, part, content["tensors"])
-    for part, known in frozen.items():
-        if part == "language" and requantised:
-            continue
-        if "fingerprint" in known and own.get(part) != known["fingerprint"]:
-            log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
+    _fill(path, model, content, held, {"language"} if requantised else set())
     return Loaded(model.eval(), config, dict(content.get("metrics", {})), int(content.get("step", 0)), trained_bits)
 
 
-def _held(path: Path, content: Mapping[str, Any]) -> set[str]:
+def load_regressor(path: str | Path) -> tuple[PromptRegressor | EnsembleRegressor, Config]:
+    """Rebuild a regressor from its file, on the CPU, in evaluation mode; and its run's config.
+
+    Raises:
+        UserError: as `load_checkpoint`; or a model that writes text.
+    """
+    path = Path(path)
+    content = read_content(path)
+    if "format" not in content:
+        raise UserError(f"{path} is no checkpoint of this program", EXIT_NO_CHECKPOINT)
+    config = from_dict(Config, content["config"])
+    if config.regressor.type == "none":
+        raise UserError(f"{path} is a model that writes text, no regressor (train.py --regressor head or ensemble)")
+    held = _held(path, content, config.parts)
+    model = build_regressor(config, held - set(content["frozen"]))
+    _fill(path, model, content, held, set())
+    return model.eval(), config
+
+
+def _fill(path: Path, model: PartedModel, content: Mapping[str, Any], held: set[str], other: set[str]) -> None:
+    """Give a model the parts that a checkpoint holds; warn of fetched ones that are not the same (but for `other`)."""
+    own = identify(model)
+    for part in held:
+        load_part(path, model, part, content["tensors"])
+    for part, known in content.get("frozen", {}).items():
+        if part not in other and "fingerprint" in known and own.get(part) != known["fingerprint"]:
+            log.warning("the %s weights of '%s' are not those this model was trained on", part, known["name"])
+
+
+def _held(path: Path, content: Mapping[str, Any], parts: tuple[str, ...]) -> set[str]:
     """Return the parts whose tensors a checkpoint holds; every part is either held or named as frozen."""
     held = parts_of(content["tensors"])
-    if foreign := sorted(held - set(PARTS)):
+    if foreign := sorted(held - set(parts)):
         raise UserError(
-            f"{path} holds tensors of {', '.join(foreign[:5])}; this program knows {', '.join(PARTS)}",
+            f"{path} holds tensors of {', '.join(foreign[:5])}; this program knows {', '.join(parts)}",
             EXIT_NO_CHECKPOINT,
         )
-    if missing := [part for part in PARTS if part not in held and part not in content.get("frozen", {})]:
+    if missing := [part for part in parts if part not in held and part not in content.get("frozen", {})]:
         raise UserError(f"{path} lacks the weights of: {', '.join(missing)}", EXIT_NO_CHECKPOINT)
     return held

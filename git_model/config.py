@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from git_model.architecture import (
+    ALL_PARTS,
     MAPPER_FEATURES,
     PAIR_ADVICE,
-    PARTS,
+    REGRESSORS,
     LanguageConfig,
     MapperConfig,
     RegionConfig,
+    RegressorConfig,
     VisionConfig,
     check,
     choice,
@@ -105,6 +107,8 @@ class TrainConfig:
     lr_vision: float | None = None
     lr_mapper: float | None = None
     lr_language: float | None = None
+    layer_decay: float = 1.0
+    """a layer of the image encoder learns at this times the rate of the one above it; 1 = all alike"""
     warmup: int = 5000
     """steps"""
     schedule: str = "linear"
@@ -144,7 +148,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in self.freeze:
-            choice("train.freeze", name, ("auto", "nothing", *PARTS))
+            choice("train.freeze", name, ("auto", "nothing", *ALL_PARTS))
         choice("train.optimizer", self.optimizer, ("adamw", "muon"))
         choice("train.schedule", self.schedule, ("linear", "cosine", "constant"))
         choice("train.precision", self.precision, ("fp32", "fp16", "bf16"))
@@ -162,6 +166,7 @@ class TrainConfig:
         for name in ("lr", "lr_vision", "lr_mapper", "lr_language"):
             rate = getattr(self, name)
             check(rate is None or rate > 0, f"train.{name} {rate} is not above 0 (--freeze stops a part)")
+        check(0 < self.layer_decay <= 1, f"train.layer_decay {self.layer_decay} is not in (0, 1]")
         check(self.keep >= 2, f"train.keep {self.keep} is below 2: one save alone is lost with one bad disk block")
         check(self.stop_before_end >= 0, f"train.stop_before_end {self.stop_before_end} is below 0")
         check(0 <= self.seed < 2**31, f"train.seed {self.seed} is not between 0 and {2**31 - 1}")
@@ -171,18 +176,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: three parts of a model, how they read boxes, its data, its training."""
+    """A run: the parts of a model, how they read boxes, its data, its training."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     region: RegionConfig = field(default_factory=RegionConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    regressor: RegressorConfig = field(default_factory=RegressorConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if self.vision.features not in MAPPER_FEATURES[self.mapper.type]:
             raise UserError(f"{PAIR_ADVICE[self.mapper.type]} (got {self.vision.features} features)")
+        self._check_regressor()
         frozen = set(self.train.freeze) & {"auto", "language"}
         if self.language.lora.rank and "language" in frozen:
             raise UserError("--lora_rank trains adapters on a frozen language model: leave 'language' out of --freeze")
@@ -211,3 +218,30 @@ class Config:
         # gradients pass through a frozen half-precision decoder; without the scaler fp16 loses them
         if self.language.dtype == "float16" and self.train.precision != "fp16":
             raise UserError("language.dtype float16 needs --precision fp16 (its scaler); or choose --lm_dtype bfloat16")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of the model's parts."""
+        return REGRESSORS[self.regressor.type]
+
+    def _check_regressor(self) -> None:
+        """Raise UserError where a setting belongs to another kind of model."""
+        kind, data, train = self.regressor.type, self.data, self.train
+        for name in train.freeze:
+            told = f"--freeze {name}: this model's parts are {', '.join(self.parts)}"
+            check(name in ("auto", "nothing", *self.parts), told)
+        if kind == "none":
+            told = "settings of 'regressor' do nothing without its type: --regressor head or --regressor ensemble"
+            check(self.regressor == RegressorConfig(), told)
+            return
+        others = {"mapper": MapperConfig(), "language": LanguageConfig(), "region": RegionConfig()}
+        given = [name for name, usual in others.items() if getattr(self, name) != usual]
+        given += [f"data.{n}" for n in ("group_by_length", "captions") if getattr(data, n)]
+        switched = ("fsdp", "gradient_checkpointing", "label_smoothing", "lr_mapper", "lr_language")
+        given += [f"train.{n}" for n in switched if getattr(train, n)]
+        if kind == "ensemble":
+            given += ["vision"] * (self.vision != VisionConfig()) + ["data.augment"] * (data.augment != "none")
+            given += [f"data.{n}" for n in ("feature_store", "cache") if getattr(data, n)]
+            given += ["train.lr_vision"] * (train.lr_vision is not None)
+            given += ["train.layer_decay"] * (train.layer_decay != 1)
+        check(not given, f"--regressor {kind} has nothing to do with: {', '.join(given)}; leave out these settings")

@@ -22,6 +22,7 @@ from git_model.datasets.files import RecordError
 from git_model.datasets.loader import ImageTextDataset, outlive_first_sigterm
 from git_model.errors import Preempted, UserError
 from git_model.models.git import GitModel
+from git_model.models.regressor import PromptRegressor
 from git_model.models.vision import VisionEncoder
 from git_model.weights import fingerprint
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def use_features(
     config: Config,
-    model: GitModel,
+    model: GitModel | PromptRegressor,
     train: ImageTextDataset,
     val: ImageTextDataset,
     accelerator: Accelerator,

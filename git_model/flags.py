@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from git_model.config import Config
@@ -42,6 +43,10 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--lora_alpha",): ("language.lora.alpha", "an adapter's output is scaled by alpha / rank"),
     ("--lora_dropout",): ("language.lora.dropout", "on the adapters' input"),
     ("--lora_targets",): ("language.lora.targets", "layers, e.g. q_proj,v_proj or all-linear; default: the usual ones"),
+    ("--regressor",): (
+        "regressor.type",
+        "none, head (picture -> vector of its prompt) or ensemble (vectors of several sources -> that vector)",
+    ),
     ("--data_dir",): (
         "data.dir",
         "folder with Train_GCC-training.tsv, train/, ... or of the recipe's sources",
@@ -64,12 +69,13 @@ FLAGS: dict[tuple[str, ...], tuple[str, str]] = {
     ("--lr_vision",): ("train.lr_vision", "of the encoder, when it differs"),
     ("--lr_mapper",): ("train.lr_mapper", "of the mapper, when it differs"),
     ("--lr_language",): ("train.lr_language", "of the language model, when it differs"),
+    ("--layer_decay",): ("train.layer_decay", "a layer of the encoder learns this much slower than the one above it"),
     ("-ws", "--warmup_steps"): ("train.warmup", "steps of linear warm-up"),
     ("--schedule",): ("train.schedule", "linear, cosine or constant after the warm-up"),
     ("--weight_decay",): ("train.weight_decay", "of matrices only"),
     ("--clip",): ("train.clip", "gradient norm; 0 = off"),
     ("--label_smoothing",): ("train.label_smoothing", "GIT uses 0.1"),
-    ("--freeze",): ("train.freeze", "auto, nothing, or parts: vision,mapper,language"),
+    ("--freeze",): ("train.freeze", "auto, nothing, or parts: vision,mapper,language (of a regressor: vision,head)"),
     ("--precision",): ("train.precision", "fp32, fp16 (V100) or bf16 (A100 and newer)"),
     ("--gradient_checkpointing",): ("train.gradient_checkpointing", "less memory, more time"),
     ("--compile",): ("train.compile", "torch.compile the model"),
@@ -179,7 +185,7 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
         UserError: unknown flag (with the nearest name), bad value, bad recipe.
     """
     known = build_parser().read(argv)
-    values: dict[str, Any] = read_yaml(known.config) if known.config else {}
+    values: dict[str, Any] = read_recipe(known.config) if known.config else {}
     for key, value in vars(known).items():
         if key == "--report_to_wandb":
             key, value = "train.report_to", "wandb" if read_bool(value, "--report_to_wandb") else "none"
@@ -193,6 +199,62 @@ def read_flags(argv: list[str]) -> tuple[Config, bool]:
             raise UserError(f"--set wants KEY=VALUE, got '{assignment}'")
         _put(values, key, read_value(value, f"--set {key}"))
     return from_dict(Config, values), known.debug
+
+
+# keys of the recipes of Gateway2745/Image-to-Prompts (ensemble_model.py's config-10k.yml) -> ours
+ENSEMBLE_KEYS = {
+    "num_layers": "regressor.depth",
+    "num_heads": "regressor.heads",
+    "seed": "train.seed",
+    "batch_size": "train.batch_size",
+    "learning_rate": "train.lr",
+    "num_epochs": "train.epochs",
+}
+ENSEMBLE_DATA = ("exp_name", "num_examples", "embedding_paths", "gt_path", "train_fraction")
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a recipe: ours, or one of the published ensemble's, whose keys are its own.
+
+    Raises:
+        UserError: no such file, bad YAML, or keys of the published ensemble's that are unknown, missing or wrong.
+    """
+    values = read_yaml(path)
+    if "embedding_paths" not in values:
+        return values
+    allowed = [*ENSEMBLE_DATA, *ENSEMBLE_KEYS]
+    for key in values:
+        if key not in allowed:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), allowed)}; one of: {', '.join(allowed)}")
+    if missing := [key for key in ("exp_name", "gt_path") if not isinstance(values.get(key), str)]:
+        raise UserError(f"{path}: {missing[0]} must be a text")
+    paths = values["embedding_paths"]
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+        raise UserError(f"{path}: embedding_paths must be a list of .npy files")
+    names = [Path(p).stem for p in paths]
+    if len(set(names)) < len(names):
+        names = [f"source {number}" for number in range(1, len(paths) + 1)]
+    entry = {"type": "vectors", "sources": dict(zip(names, paths, strict=True)), "truth": values["gt_path"]}
+    entry |= {"fraction": float(read_number(values.get("train_fraction", 0.8), f"{path}: train_fraction"))}
+    entry |= {"seed": int(read_number(values.get("seed", 0), f"{path}: seed"))}
+    if values.get("num_examples") is not None:
+        entry |= {"count": int(read_number(values["num_examples"], f"{path}: num_examples"))}
+    recipe: dict[str, Any] = {
+        "regressor": {"type": "ensemble"},
+        "data": {"dir": ".", "workers": 0, "train": [entry | {"split": "train"}], "val": [entry | {"split": "val"}]},
+        "train": {"output_dir": f"checkpoints/{values['exp_name']}", "schedule": "constant", "warmup": 100},
+    }
+    for key, ours in ENSEMBLE_KEYS.items():
+        if key in values:
+            _put(recipe, ours, values[key])
+    return recipe
+
+
+def read_number(value: Any, where: str) -> float:
+    """Return a number of a recipe; raises UserError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where} must be a number, got {value!r}")
+    return value
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -11,45 +11,68 @@ from typing import Any
 import torch
 from torch import nn
 
-from git_model.architecture import PARTS
 from git_model.config import TrainConfig
 from git_model.errors import UserError
-from git_model.models.git import GitModel
+from git_model.models.language import LanguageModel
+from git_model.models.parts import PartedModel
 from git_model.muon import Muon
 
 log = logging.getLogger(__name__)
 
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks|resblocks|stages)\.?(\d+)(?:\.(\d+)(?=\.))?")
 TABLE = re.compile(r"(position|embed|constant|query|token)\w*$")  # parameters that are lists of vectors
 
 
-def parameter_groups(model: GitModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return the optimiser's groups: a learning rate per part, weight decay on matrices only.
+def parameter_groups(model: PartedModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: a learning rate per part or layer of the encoder, weight decay on matrices only.
 
     `muon` marks what Muon is for: matrices and convolutions that turn features into features; not tables of tokens
     and positions, not the vocabulary projection.
     """
-    decoder = model.language.model
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(head.weight) for head in [decoder.get_output_embeddings()] if head is not None}
+    if isinstance(language := getattr(model, "language", None), LanguageModel):
+        tables |= {id(head.weight) for head in [language.model.get_output_embeddings()] if head is not None}
     tables |= {id(p) for name, p in model.named_parameters() if TABLE.search(name)}
     groups = []
-    for part in PARTS:
-        own = getattr(config, f"lr_{part}")
+    for part in model.parts:
+        own = getattr(config, f"lr_{part}", None)
         rate = config.lr if own is None else own
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        slower = layer_factors(model.get_submodule("vision"), config.layer_decay) if part == "vision" else {}
+        kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for p in trained:
-            matrix = p.ndim >= 2
-            kinds.setdefault((matrix, matrix and config.optimizer == "muon" and id(p) not in tables), []).append(p)
-        for (decayed, muon), chosen in kinds.items():
+            matrix, factor = p.ndim >= 2, slower.get(p, 1.0)
+            muon = matrix and config.optimizer == "muon" and id(p) not in tables
+            kinds.setdefault((matrix, muon, factor), []).append(p)
+        for (decayed, muon, factor), chosen in kinds.items():
             decay = config.weight_decay if decayed else 0.0
-            groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part, "muon": muon})
+            groups.append({"params": chosen, "lr": rate * factor, "weight_decay": decay, "part": part, "muon": muon})
     if not groups:
         raise UserError(f"--freeze {','.join(config.freeze)} leaves nothing to train")
     return groups
 
 
-def build_optimizer(model: GitModel, config: TrainConfig) -> torch.optim.Optimizer:
+def layer_factors(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Return by how much slower each parameter of an image encoder learns: 1 above its last layer, decay a layer below.
+
+    Layers are numbered parts of a stack (`layers.3`, `stages.1.layers.0`, `layer2.1`), in the order of their numbers;
+    what comes before the first is the lowest, what comes after the last, and a projection, the highest.
+    """
+    if decay == 1:
+        return {}
+    named = list(encoder.named_parameters())
+    found = [tuple(int(n) for groups in BLOCK.findall(name) for n in groups if n) for name, _ in named]
+    order = {layer: number for number, layer in enumerate(sorted({layer for layer in found if layer}), 1)}
+    factors, level = {}, 0
+    for (name, parameter), layer in zip(named, found, strict=True):
+        if layer:
+            level = order[layer]
+        top = name.endswith(".proj") or (not layer and level > 0)
+        factors[parameter] = decay ** (len(order) + 1 - (len(order) + 1 if top else order.get(layer, 0)))
+    return factors
+
+
+def build_optimizer(model: PartedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW, or Muon for the matrices with AdamW for the rest.
 
     Args:

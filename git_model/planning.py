@@ -30,6 +30,7 @@ from git_model.config import Config
 from git_model.datasets.files import RecordError
 from git_model.datasets.order import GlobalSampler
 from git_model.datasets.sources import Source, build_source
+from git_model.errors import UserError
 from git_model.rehearsal import Peaks, Record, Rehearsal, peak_memory
 from git_model.training import parameter_count
 
@@ -142,6 +143,8 @@ def plan(config: Config) -> str:
     Raises:
         UserError: data or models that cannot be found or read, as in a run.
     """
+    if config.regressor.type != "none":
+        raise UserError("--plan reckons models that write text; a regressor is small beside its encoder: try it")
     source = build_source(config.data.train, config.data.dir)
     world, rehearsal = rank_and_world()[1], Rehearsal(config, usual_record(config, source))
     places = outlooks(rehearsal, world)

@@ -20,7 +20,7 @@ from torch import Tensor
 from git_model.checkpoint import FORMAT, LATEST, model_file, read_content, sealed
 from git_model.config import Config
 from git_model.errors import UserError
-from git_model.models.git import GitModel
+from git_model.models.parts import PartedModel
 from git_model.saves import Saves, publish
 from git_model.schema import to_dict
 from git_model.weights import load_part, parts_of, saved_parts
@@ -41,7 +41,7 @@ MAY_CHANGE = {f"data.{name}" for name in DATA_MAY_CHANGE} | {f"train.{name}" for
 
 def save(
     saves: Saves,
-    model: GitModel,
+    model: PartedModel,
     config: Config,
     state: Mapping[str, Any],
     metrics: Mapping[str, float],
@@ -113,7 +113,7 @@ def flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return out
 
 
-def load(found: Path, content: Mapping[str, Any], model: GitModel, *, exact: bool, world: int = 1) -> dict[str, Any]:
+def load(found: Path, content: Mapping[str, Any], model: PartedModel, *, exact: bool, world: int = 1) -> dict[str, Any]:
     """Bring `model` and the returned state to where a save was written.
 
     Args:

@@ -13,16 +13,17 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from git_model import checkpoint, engine, resume, training, validation
-from git_model.batch import CaptionBatch
+from git_model import checkpoint, engine, regression, resume, training, validation
+from git_model.batch import Batch
 from git_model.cluster import StopRequest, note_stop
 from git_model.config import Config
+from git_model.datasets.collate_vectors import TextVectors
 from git_model.datasets.loader import train_batches
-from git_model.datasets.sources import build_source
+from git_model.datasets.sources import Source, build_source
 from git_model.encoding import use_features
 from git_model.errors import Preempted, UserError
 from git_model.hardware import reset_peak_memory
-from git_model.models.build import build_model
+from git_model.models.build import build
 from git_model.optimizer import build_optimizer, learning_rate_factor
 from git_model.run_log import RunLog
 from git_model.saves import Saves
@@ -44,7 +45,7 @@ class Run:
     """
 
     def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
-        self.config, options = config, config.train
+        options = config.train
         self.stop = stop or StopRequest()
         self.folder = Path(options.output_dir)
         self.accelerator = engine.build_accelerator(config)
@@ -52,6 +53,7 @@ class Run:
         # data first: it is cheap, and most mistakes are there
         source = build_source(config.data.train, config.data.dir)
         val_source = build_source(config.data.val, config.data.dir)
+        self.config = config = regression.completed(config, source, val_source)
 
         self.saves, world = Saves(self.folder, options.keep), self.accelerator.num_processes
         found = self._newest_save() if options.resume == "auto" else None
@@ -60,25 +62,28 @@ class Run:
         if latest is None and options.init_from is not None:
             given = checkpoint.read_content(Path(options.init_from))
         tokenizer = None
-        if config.language.name == "small":  # its tokenizer comes from the texts at hand
+        writes = config.regressor.type == "none"
+        if writes and config.language.name == "small":  # its tokenizer comes from the texts at hand
             saved: Any = (latest or given or {}).get("tokenizer")
             size = config.language.small.vocab_size
             tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
         with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
-            self.raw_model = build_model(config, tokenizer, device=self.accelerator.device)
+            model: Any = build(config, tokenizer, device=self.accelerator.device)
+            vectors = self._text_vectors(source, val_source)
+        self.raw_model = model
         identify(self.raw_model)
         if given is not None and options.init_from is not None:
             start_from(Path(options.init_from), given, self.raw_model)
         if options.gradient_checkpointing:
             self.raw_model.checkpoint_activations()
         self.raw_model.train()
-        self.teach = training.teaching(self.raw_model, config)
+        self.teach = training.teaching(self.raw_model, config, vectors)
 
-        resolution = self.raw_model.vision.resolution
+        resolution = self.raw_model.vision.resolution if "vision" in config.parts else 1  # an ensemble has no pictures
         self.data = training.training_data(config, source, resolution)
         self.val_data = validation.eval_data(config, val_source, resolution)
         place = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.sampler = training.data_order(config, source, self.raw_model.codec, *place)
+        self.sampler = training.data_order(config, source, getattr(self.raw_model, "codec", None), *place)
         if config.data.feature_store is not None:
             use_features(config, self.raw_model, self.data, self.val_data, self.accelerator, self.stop)
         self.total_steps = options.epochs * self.sampler.steps_per_epoch
@@ -107,6 +112,13 @@ class Run:
         reset_peak_memory(self.accelerator.device)
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
 
+    def _text_vectors(self, *sources: Source) -> TextVectors | None:
+        """Return the vectors that a regressor learns, where they are those of texts."""
+        if self.config.regressor.type == "none":
+            return None
+        shown = self.accelerator.is_main_process
+        return regression.text_vectors(self.config, sources, str(self.accelerator.device), progress=shown)
+
     def _prepare(self) -> None:
         """Hand model and optimiser to the engine; a sharded model's optimiser steps each process's share."""
         options, device = self.config.train, self.accelerator.device
@@ -121,7 +133,7 @@ class Run:
         self.scaler = self.accelerator.scaler
         self.gathers = self.accelerator.is_main_process or options.fsdp  # what a save holds: the writer, or all shards
 
-    def steps(self) -> Iterator[list[CaptionBatch]]:
+    def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left, counting what was skipped."""
         settings, rank = self.config.data, self.accelerator.process_index
         batches = train_batches(
@@ -133,7 +145,7 @@ class Run:
                 self.ledger.add(batch)
             yield micro
 
-    def backward(self, micro: list[CaptionBatch]) -> float:
+    def backward(self, micro: list[Batch]) -> float:
         """Add the step's gradients; return its loss: summed over target tokens / their number, over all ranks."""
         device, world = self.accelerator.device, self.accelerator.num_processes
         counts = torch.tensor(float(sum(batch.num_targets for batch in micro)), device=device)
@@ -149,7 +161,7 @@ class Run:
         self.tokens = float(tokens)
         return float(self.accelerator.reduce(total, "sum") / tokens)
 
-    def update(self, loss: float, micro: list[CaptionBatch]) -> float:
+    def update(self, loss: float, micro: list[Batch]) -> float:
         """Take the step if loss and gradient are finite on every rank; return the gradient's norm."""
         if self.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -166,7 +178,7 @@ class Run:
         self.epoch, self.epoch_step = training.next_position(self.sampler, self.epoch, self.epoch_step)
         return float(norm)
 
-    def report(self, loss: float, norm: float, micro: list[CaptionBatch]) -> None:
+    def report(self, loss: float, norm: float, micro: list[Batch]) -> None:
         """Advance the progress bar and, every `log_every` steps, the log."""
         self.window_images += sum(len(batch.images) for batch in micro) * self.accelerator.num_processes
         self.window_loss += loss * self.tokens
@@ -187,7 +199,7 @@ class Run:
         if self.accelerator.is_main_process or together:
             try:
                 device, asked = self.accelerator.device, lambda: self.stop.asked and not together
-                self.scores = validation.validate(self.raw_model, self.val_data, self.config, device, asked)
+                self.scores = validation.validate(self.raw_model, self.val_data, self.config, self.teach, device, asked)
             except validation.Stopped:
                 pass  # stop_if_asked, below, saves that this validation is owed
             else:

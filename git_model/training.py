@@ -7,24 +7,27 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from git_model.architecture import PARTS
-from git_model.batch import BadSample, CaptionBatch
+from git_model.batch import BadSample, Batch
 from git_model.config import Config
 from git_model.datasets.collate import Collator
+from git_model.datasets.collate_vectors import TextVectors, VectorCollator
 from git_model.datasets.images import Transform
 from git_model.datasets.loader import ImageTextDataset
 from git_model.datasets.order import GlobalSampler, text_lengths
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, EXIT_TOO_MANY_BAD, UserError
 from git_model.models.git import GitModel
+from git_model.models.parts import PartedModel
 from git_model.tokens import TextCodec
+from git_model.weights import adapters_of
 
 log = logging.getLogger(__name__)
+B = TypeVar("B", bound=Batch)
 
 
 def training_data(config: Config, source: Source, resolution: int) -> ImageTextDataset:
@@ -42,7 +45,7 @@ def training_data(config: Config, source: Source, resolution: int) -> ImageTextD
     )
 
 
-def data_order(config: Config, source: Source, codec: TextCodec, rank: int, world: int) -> GlobalSampler:
+def data_order(config: Config, source: Source, codec: TextCodec | None, rank: int, world: int) -> GlobalSampler:
     """Return the order of a run's records for one of its processes."""
     options, window = config.train, config.data.group_by_length
     together = config.data.pack and config.data.targets == 0
@@ -57,24 +60,25 @@ def data_order(config: Config, source: Source, codec: TextCodec, rank: int, worl
         world=world,
         accumulation=options.accumulation,
         block=config.data.shuffle_block,
-        lengths=text_lengths(source, codec.lengths, together) if window else None,
+        lengths=text_lengths(source, codec.lengths, together) if window and codec else None,
         window=window,
         mixture=list(zip(sizes, weights, strict=True)) if weights else None,
     )
 
 
-def describe_parts(model: GitModel) -> str:
+def describe_parts(model: PartedModel) -> str:
     """Return one line: what is trained, what is frozen, with parameter counts."""
     words = []
-    for part in PARTS:
+    for part in model.parts:
         module: nn.Module = getattr(model, part)
         how = "frozen" if part in model.frozen else "trained"
-        if part == "language" and (added := model.language.adapters()):
+        if added := adapters_of(module):
             how = f"frozen, with {sum(p.numel() for p in added.values()):,} trained in adapters,"
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         words.append(f"{part} {how} {parameter_count(module):,} ({size / 1e6:,.1f} MB)")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"parameters: {', '.join(words)}; {trained:,} trained; {model.num_image_tokens} tokens an image"
+    tokens = f"; {model.num_image_tokens} tokens an image" if isinstance(model, GitModel) else ""
+    return f"parameters: {', '.join(words)}; {trained:,} trained{tokens}"
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -83,7 +87,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def steps_of(batches: Iterable[CaptionBatch], accumulation: int) -> Iterator[list[CaptionBatch]]:
+def steps_of(batches: Iterable[B], accumulation: int) -> Iterator[list[B]]:
     """Yield the micro-batches of one optimiser step at a time."""
     iterator = iter(batches)
     while micro := list(islice(iterator, accumulation)):
@@ -131,7 +135,7 @@ class SampleLedger:
         """Whether more than `share` of the samples is unusable."""
         return self.bad > share * self.rows
 
-    def add(self, batch: CaptionBatch) -> None:
+    def add(self, batch: Batch) -> None:
         """Count a batch.
 
         Raises:
@@ -230,8 +234,10 @@ class StepGuard:
         return False
 
 
-def teaching(model: GitModel, config: Config) -> Collator:
-    """Return the collator of training."""
+def teaching(model: PartedModel, config: Config, vectors: TextVectors | None = None) -> Collator | VectorCollator:
+    """Return the collator of training; `vectors` are those of a regressor's texts."""
+    if not isinstance(model, GitModel):
+        return VectorCollator(vectors, config.regressor.dim)
     return Collator(model.codec, model.num_image_tokens, pack=config.data.pack, **_reading(model))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from git_model import regression
 from git_model.batch import CaptionBatch, Target
 from git_model.config import Config
 from git_model.datasets.collate import Collator
@@ -18,7 +19,7 @@ from git_model.metrics.caption import cider
 from git_model.metrics.vqa import exact_accuracy
 from git_model.models.git import GitModel
 from git_model.models.language import Decoding
-from git_model.training import SampleLedger, asking, teaching
+from git_model.training import SampleLedger, asking
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def scores(predictions: Iterable[Prediction]) -> dict[str, float]:
 
 
 def overall(found: dict[str, float]) -> float:
-    """Return what the best checkpoint is chosen by: CIDEr / 10 plus accuracy; minus the loss where neither is."""
+    """Return what the best checkpoint is chosen by: CIDEr / 10 plus accuracy, or the cosine; else minus the loss."""
+    if "mean_cosine" in found:
+        return found["mean_cosine"]
     if "cider" in found or "accuracy" in found:
         return found.get("cider", 0.0) / 10 + found.get("accuracy", 0.0)
     return -found["val_loss"]
@@ -102,14 +105,20 @@ class Stopped(Exception):
 
 
 def validate(
-    model: GitModel, data: ImageTextDataset, config: Config, device: Any, stop: Callable[[], bool] = lambda: False
+    model: Any,
+    data: ImageTextDataset,
+    config: Config,
+    teach: Any,
+    device: Any,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Return `val_loss` and the scores of greedy answers on `train.validate_samples` images of `data`.
+    """Return `val_loss` and scores on `train.validate_samples` images of `data`: of greedy answers, or of vectors.
 
     Args:
         model: unwrapped.
         data: see `eval_data`.
         config: the run's.
+        teach: the collator of training.
         device: of the model.
         stop: asked before each batch.
 
@@ -118,16 +127,21 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    teach, ask = teaching(model, config), asking(model)
     limit, size = config.train.validate_samples, max(1, config.train.batch_size)
+
+    def heed() -> None:
+        if stop():
+            raise Stopped
 
     def batches(collator: Collator) -> Iterator[CaptionBatch]:
         for batch in eval_batches(data, collator, batch_size=size, limit=limit):
-            if stop():
-                raise Stopped
+            heed()
             yield batch
 
     try:
+        if config.regressor.type != "none":
+            return regression.validate(model, data, teach, config, device, heed)
+        ask = asking(model)
         found = {"val_loss": mean_loss(model, batches(teach), device)}
         decoding = Decoding(max_new_tokens=config.data.max_text_tokens)
         return found | scores(predict(model, batches(ask), decoding, device))

@@ -10,18 +10,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from git_model.architecture import PARTS
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
-from git_model.models.git import GitModel
 from git_model.models.language import LanguageModel
+from git_model.models.parts import PartedModel
+from git_model.models.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
 
-def saved_parts(model: GitModel) -> tuple[str, ...]:
+def saved_parts(model: PartedModel) -> tuple[str, ...]:
     """Return the parts a checkpoint holds: all but frozen ones whose weights their name brings back."""
-    again = {"vision": bool(model.vision.pretrained), "mapper": False, "language": model.language.name != "small"}
-    return tuple(p for p in PARTS if not (p in model.frozen and again[p] and p not in model.brought))
+
+    def comes_back(part: nn.Module) -> bool:
+        if isinstance(part, LanguageModel):
+            return part.name != "small"
+        return isinstance(part, VisionEncoder) and part.pretrained
+
+    return tuple(
+        p for p in model.parts if not (p in model.frozen and comes_back(getattr(model, p)) and p not in model.brought)
+    )
 
 
 def parts_of(tensors: Iterable[str]) -> set[str]:
@@ -29,26 +36,30 @@ def parts_of(tensors: Iterable[str]) -> set[str]:
     return {name.split(".")[0] for name in tensors}
 
 
-def fetched_parts(model: GitModel) -> tuple[str, ...]:
+def fetched_parts(model: PartedModel) -> tuple[str, ...]:
     """Return the parts that are fetched again by name: frozen ones, and a language model under adapters."""
     kept = saved_parts(model)
-    return tuple(part for part in PARTS if part not in kept or (part == "language" and model.language.adapters()))
+    return tuple(part for part in model.parts if part not in kept or adapters_of(getattr(model, part)))
 
 
-def identify(model: GitModel) -> dict[str, str]:
+def identify(model: PartedModel) -> dict[str, str]:
     """Note the fingerprints of what is fetched again, before a forward pass or an engine changes its form."""
     model.fingerprints = {part: fingerprint(getattr(model, part)) for part in fetched_parts(model)}
     return model.fingerprints
 
 
-def part_tensors(model: GitModel, part: str) -> dict[str, Tensor]:
+def part_tensors(model: PartedModel, part: str) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a part: all of it, or the adapters on a language model alone."""
-    if part == "language" and (adapters := model.language.adapters()):
-        return adapters
-    return getattr(model, part).state_dict()
+    module: nn.Module = getattr(model, part)
+    return adapters_of(module) or module.state_dict()
 
 
-def held_tensors(model: GitModel) -> dict[str, Tensor]:
+def adapters_of(part: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters on a language model; nothing of other parts."""
+    return part.adapters() if isinstance(part, LanguageModel) else {}
+
+
+def held_tensors(model: PartedModel) -> dict[str, Tensor]:
     """Return all that a checkpoint holds, on the CPU, by `part.name`; of a sharded model every process has to ask."""
     held: dict[str, Tensor] = {}
     # in this order: a part's state_dict() shards again what a validation left whole, which adapters alone would not
@@ -86,7 +97,7 @@ def fingerprint(part: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_part(path: Path, model: GitModel, part: str, tensors: Mapping[str, Tensor]) -> None:
+def load_part(path: Path, model: PartedModel, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill a part with its tensors, all of them and nothing else (of adapted language models: the adapters).
 
     Raises:
@@ -106,11 +117,11 @@ def load_part(path: Path, model: GitModel, part: str, tensors: Mapping[str, Tens
             f"{path} does not fit its architecture ({len(wrong)} tensors): {'; '.join(wrong[:5])}", EXIT_NO_CHECKPOINT
         )
     getattr(model, part).load_state_dict(own, strict=False)  # checked above
-    if part != "language" or not model.language.adapters():
+    if not adapters_of(getattr(model, part)):
         model.brought.add(part)
 
 
-def start_from(path: Path, content: Mapping[str, Any], model: GitModel) -> None:
+def start_from(path: Path, content: Mapping[str, Any], model: PartedModel) -> None:
     """Give a new run's model the weights of a checkpoint: the parts that it holds.
 
     Args:
@@ -122,9 +133,9 @@ def start_from(path: Path, content: Mapping[str, Any], model: GitModel) -> None:
         UserError: it holds no weights, or weights of another architecture (names up to five tensors).
     """
     tensors = content.get("tensors")
-    if not isinstance(tensors, Mapping) or not (held := parts_of(tensors) & set(PARTS)):
-        raise UserError(f"--init_from {path} holds no weights of {', '.join(PARTS)}", EXIT_NO_CHECKPOINT)
+    if not isinstance(tensors, Mapping) or not (held := parts_of(tensors) & set(model.parts)):
+        raise UserError(f"--init_from {path} holds no weights of {', '.join(model.parts)}", EXIT_NO_CHECKPOINT)
     for part in held:
         load_part(path, model, part, tensors)
     identify(model)
-    log.info("%s: started from the %s weights of %s", model.language.name, ", ".join(sorted(held)), path)
+    log.info("started from the %s weights of %s", ", ".join(sorted(held)), path)

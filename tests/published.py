@@ -77,12 +77,13 @@ def save(architecture: str, folder: Path) -> Path:
     return folder
 
 
-def save_clip(folder: Path) -> str:
-    """Write a CLIP of both towers."""
+def save_clip(folder: Path, positions: int = 12) -> str:
+    """Write a CLIP of both towers, whose text tower reads some positions."""
     torch.manual_seed(0)
     words = word_tokenizer(True)
     body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    text = {**body, "vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": 3, "pad_token_id": 0}
+    text = {**body, "vocab_size": len(words), "max_position_embeddings": positions}
+    text |= {"eos_token_id": 3, "pad_token_id": 0}
     config = hf.CLIPConfig(
         text_config=text, vision_config={**body, "image_size": SIDE, "patch_size": 8}, projection_dim=24
     )

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import train
-from git_model.batch import CaptionBatch
+from git_model.batch import Batch
 from git_model.run import Run
 
 notes = Path(sys.argv[1])
 real = Run.backward
 
 
-def backward(self: Run, micro: list[CaptionBatch]) -> float:
+def backward(self: Run, micro: list[Batch]) -> float:
     """Note the step's samples, then do what it does."""
     line = {"step": self.step + 1, "epoch": self.epoch, "keys": [key for batch in micro for key in batch.keys]}
     with open(f"{notes}.{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:

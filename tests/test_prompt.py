@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from git_model.datasets.prompt_files import read_prompts
 from git_model.datasets.vectors import (
     Vectors,
     names_path,
-    read_prompts,
     read_submission,
     read_vectors,
     weighted,

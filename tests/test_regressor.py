@@ -30,10 +30,10 @@ def model() -> EnsembleRegressor:
 def test_a_row_does_not_depend_on_the_others(model: EnsembleRegressor) -> None:
     given = features(6)
     with torch.no_grad():
-        together = model(given)
-        alone = torch.cat([model([x[i : i + 1] for x in given]) for i in range(6)])
+        together = model.vectors(given)
+        alone = torch.cat([model.vectors([x[i : i + 1] for x in given]) for i in range(6)])
         order = torch.tensor([3, 1, 5, 0, 2, 4])
-        shuffled = model([x[order] for x in given])
+        shuffled = model.vectors([x[order] for x in given])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(6))
@@ -43,20 +43,22 @@ def test_every_source_counts_and_learns(model: EnsembleRegressor) -> None:
     given = features(6)
     model.train()
     wanted = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    cosine_loss(model(given), wanted).backward()
-    for number, projection in enumerate(model.projections):
+    cosine_loss(model.vectors(given), wanted).backward()
+    for number, projection in enumerate(model.fusion.projections):
         assert projection.weight.grad.abs().sum() > 0, list(WIDTHS)[number]  # type: ignore[union-attr]
-    assert model.sources.grad is not None
-    assert (model.sources.grad.abs().sum(dim=1) > 0).all()
+    assert model.fusion.sources.grad is not None
+    assert (model.fusion.sources.grad.abs().sum(dim=1) > 0).all()
     model.eval()
     with torch.no_grad():
-        before = model(given)
+        before = model.vectors(given)
         for number in range(3):
             turned = [x.roll(1, 0) if i == number else x for i, x in enumerate(given)]
-            assert (model(turned) - before).abs().max() > 1e-3, list(WIDTHS)[number]
+            assert (model.vectors(turned) - before).abs().max() > 1e-3, list(WIDTHS)[number]
         swapped = EnsembleRegressor({"a": 12, "b": 12}, out=10, width=32, depth=2, heads=4).eval()
         one, two = features(3, (12, 12))
-        assert (swapped([one, two]) - swapped([two, one])).abs().max() > 1e-3, "which source it is counts"
+        assert (swapped.vectors([one, two]) - swapped.vectors([two, one])).abs().max() > 1e-3, (
+            "which source it is counts"
+        )
 
 
 def test_a_missing_source_has_no_effect(model: EnsembleRegressor) -> None:
@@ -66,9 +68,9 @@ def test_a_missing_source_has_no_effect(model: EnsembleRegressor) -> None:
     other[2][1] = float("nan")
     other[0][3], other[1][3] = 1e9, 0.0
     with torch.no_grad():
-        torch.testing.assert_close(model(given, missing), model(other, missing))
-        full = model(given)
-        masked = model(given, missing)
+        torch.testing.assert_close(model.vectors(given, missing), model.vectors(other, missing))
+        full = model.vectors(given)
+        masked = model.vectors(given, missing)
     torch.testing.assert_close(masked[[0, 2]], full[[0, 2]], atol=1e-5, rtol=0)
     assert (masked[1] - full[1]).abs().max() > 1e-3
 
@@ -83,16 +85,16 @@ def test_it_learns_what_takes_all_sources() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = cosine_loss(model([x[:200] for x in given]), wanted[:200])
+        loss = cosine_loss(model.vectors([x[:200] for x in given]), wanted[:200])
         loss.backward()
         optimizer.step()
     with torch.no_grad():
         model.eval()
-        held = 1 - float(cosine_loss(model([x[200:] for x in given]), wanted[200:]))
+        held = 1 - float(cosine_loss(model.vectors([x[200:] for x in given]), wanted[200:]))
         without = []
         for number in range(3):
             turned = [x[200:].roll(1, 0) if i == number else x[200:] for i, x in enumerate(given)]
-            without.append(1 - float(cosine_loss(model(turned), wanted[200:])))
+            without.append(1 - float(cosine_loss(model.vectors(turned), wanted[200:])))
     assert held > 0.7
     assert max(without) < held - 0.05
 
@@ -136,4 +138,4 @@ def test_what_cannot_be() -> None:
     with pytest.raises(UserError, match="width 30 cannot be shared by 8 heads"):
         EnsembleRegressor(WIDTHS, width=30)
     with pytest.raises(ValueError, match="2 sources; wanted clip, convnext, text"):
-        EnsembleRegressor(WIDTHS, width=32)(features(1)[:2])
+        EnsembleRegressor(WIDTHS, width=32).vectors(features(1)[:2])

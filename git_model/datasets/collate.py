@@ -1,4 +1,7 @@
-"""[Loaded sample] -> CaptionBatch: image slots, EOS, labels by length, packing, padding side."""
+"""[Loaded sample] -> CaptionBatch: image slots, EOS, labels by length, packing, padding side.
+
+RegressionBatch, of pictures and vectors, is simpler: collate_vectors.py.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,15 @@ class Loaded:
 
     Args:
         key: the record's name.
-        images: uint8 (3,H,W), or features (N,D).
+        images: uint8 (3,H,W), or features (N,D); of an ensemble S of (D,).
         targets: what is said of them; boxes in fractions of the encoder's input.
+        wanted: (F,) the vector to learn, where the sample has it.
     """
 
     key: str
     images: tuple[Tensor, ...]
     targets: tuple[Target, ...]
+    wanted: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from git_model.batch import BadSample, CaptionBatch, Target
-from git_model.datasets.collate import Collator, Loaded
+from git_model.batch import BadSample, Batch, Target
+from git_model.datasets.collate import Loaded
 from git_model.datasets.features import FeatureStore, chosen
 from git_model.datasets.files import RecordError, SampleError
 from git_model.datasets.images import ImageError, Transform, decode_image
@@ -20,6 +20,8 @@ from git_model.datasets.order import GlobalSampler, Index
 from git_model.datasets.regions import carried, cut_out, ignored
 from git_model.datasets.sources import Source
 from git_model.errors import EXIT_BUG, UserError
+
+B = TypeVar("B", bound=Batch)
 
 
 class ImageTextDataset(Dataset[Loaded | BadSample]):
@@ -77,6 +79,10 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
             sample = self.source[record] if self.store is None else self.source.said(record)
         except RecordError as error:
             return BadSample(error.key if isinstance(error, SampleError) else f"record {record}", error.reason)
+        if sample.features:
+            features = tuple(torch.from_numpy(np.asarray(f, np.float32)) for f in sample.features)
+            wanted = None if sample.wanted is None else torch.from_numpy(np.asarray(sample.wanted, np.float32))
+            return Loaded(sample.key, features, sample.targets, wanted)
         try:
             rng = np.random.default_rng([self.seed, epoch, record])
             targets = self._drawn(sample.targets, rng)
@@ -126,8 +132,8 @@ class ImageTextDataset(Dataset[Loaded | BadSample]):
 
 
 def train_batches(
-    dataset: ImageTextDataset, sampler: GlobalSampler, collator: Collator, *, workers: int, timeout: int
-) -> Iterator[CaptionBatch]:
+    dataset: ImageTextDataset, sampler: GlobalSampler, collator: Callable[..., B], *, workers: int, timeout: int
+) -> Iterator[B]:
     """Yield the training batches that are left.
 
     A worker that dies or hangs is a RuntimeError of torch's, here or wherever the process is: see `worker_error`.
@@ -189,8 +195,8 @@ def naming_failures(dataset: ImageTextDataset) -> Iterator[None]:
 
 
 def eval_batches(
-    dataset: ImageTextDataset, collator: Collator, *, batch_size: int, limit: int | None = None
-) -> Iterator[CaptionBatch]:
+    dataset: ImageTextDataset, collator: Callable[..., B], *, batch_size: int, limit: int | None = None
+) -> Iterator[B]:
     """Yield the records in their own order, at most `limit` of them (spread evenly over the set)."""
     records = list(chosen(len(dataset), limit))
     for start in range(0, len(records), batch_size):

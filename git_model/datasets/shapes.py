@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from git_model.datasets.records import json_cell, write_tsv
+from git_model.datasets.shapes_prompt import prompt
 from git_model.datasets.shapes_text import (
     COLOURS,
     HELD_OUT,
@@ -36,8 +37,8 @@ from git_model.datasets.shapes_text import (
 from git_model.errors import UserError, one_of
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("caption", "question", "region", "pair")
-VERSION = 3  # raise it when the drawing or the words change: folders written before are made anew
+COLUMNS = ("caption", "question", "region", "pair", "prompt")
+VERSION = 4  # raise it when the drawing or the words change: folders written before are made anew
 MIN_SIDE = 32
 MIN_VISIBLE = 0.6
 SUPERSAMPLE = 3
@@ -238,7 +239,7 @@ def write_shapes(
     things: tuple[int, int] = USUAL,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Write the data set as GIT TSV files: image, caption, question and region for each split.
+    """Write the data set as GIT TSV files: image, caption, question, region, pair and prompt for each split.
 
     Nothing is written when `dataset.json`, which comes last, already states the same parameters.
 
@@ -273,7 +274,10 @@ def write_shapes(
             scenes = [make_scene(seed, split, i, side, things) for i in range(count)]
             write_tsv(out_dir / f"{split}.img.tsv", _image_rows(scenes, bar))
             following = [*scenes[1:], *scenes[:1]]
-            told = [said(scene, after, i) for i, (scene, after) in enumerate(zip(scenes, following, strict=True))]
+            told = [
+                {**said(scene, after, i), "prompt": [{"caption": prompt(scene)}]}
+                for i, (scene, after) in enumerate(zip(scenes, following, strict=True))
+            ]
             for column in COLUMNS:
                 rows = ((s.key, json_cell(words[column])) for s, words in zip(scenes, told, strict=True))
                 write_tsv(out_dir / f"{split}.{column}.tsv", rows)

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 from git_model.batch import Sample, Target
 from git_model.datasets.coco import CocoCaptions, VqaV2
 from git_model.datasets.files import SampleError
+from git_model.datasets.prompt_sources import DiffusionDb, PictureFolder, PromptPictures
 from git_model.datasets.records import TSVFile
 from git_model.datasets.region_files import CocoRegions, TextOcr, VisualGenome
 from git_model.datasets.tsv_sources import SeveralImages, TSVPair, existing_file, readable_rows
+from git_model.datasets.vector_source import VectorSource
 from git_model.datasets.webdataset import WebDataset
 from git_model.errors import UserError, nearest, one_of
 
@@ -147,6 +149,10 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "visual_genome": VisualGenome,
     "textocr": TextOcr,
     "coco_regions": CocoRegions,
+    "prompts": PromptPictures,
+    "diffusiondb": DiffusionDb,
+    "pictures": PictureFolder,
+    "vectors": VectorSource,
 }
 
 

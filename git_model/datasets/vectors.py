@@ -19,7 +19,6 @@ import numpy as np
 from git_model.datasets.files import write_all
 from git_model.errors import UserError
 
-ID_COLUMNS = ("imgId", "image", "image_name", "id", "key")
 HEADER = ("imgId_eId", "val")
 
 
@@ -98,56 +97,29 @@ def read_vectors(path: Path) -> Vectors:
     """
     if path.suffix == ".csv":
         return read_submission(path)
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the vectors of '{path}': {error}") from error
+    values = read_array(path)
     try:
         names = names_path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the names of '{path}': {error}") from error
-    if values.ndim != 2 or values.dtype.kind != "f" or len(values) != len(names):
-        raise UserError(
-            f"'{path}' holds {values.dtype} of shape {values.shape}, {names_path(path).name} {len(names)} names"
-        )
-    return Vectors(tuple(names), values.astype(np.float32))
+    if len(values) != len(names):
+        raise UserError(f"'{path}' holds {len(values)} vectors, {names_path(path).name} {len(names)} names")
+    return Vectors(tuple(names), values)
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """Return the texts of a CSV file by name, names without a picture's ending.
-
-    The columns are `prompt` and one of ID_COLUMNS (Kaggle's imgId, DiffusionDB's image).
+def read_array(path: Path) -> np.ndarray:
+    """Return the vectors (N,F) float32 of a `.npy` file, without their names.
 
     Raises:
-        UserError: no such file, other columns, or a name twice.
+        UserError: no such file, or something else in it.
     """
-    found: dict[str, str] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            columns = rows.fieldnames or []
-            name = next((column for column in ID_COLUMNS if column in columns), None)
-            if name is None or "prompt" not in columns:
-                told = f"has the columns {', '.join(columns) or 'none'}"
-                raise UserError(f"'{path}' {told}; wanted: prompt, and one of {', '.join(ID_COLUMNS)}")
-            for row in rows:
-                key, text = picture_name(row[name] or ""), row["prompt"]
-                if text is None or not key:
-                    raise UserError(f"'{path}', line {rows.line_num}: a name or a prompt is missing")
-                if key in found:
-                    raise UserError(f"'{path}', line {rows.line_num}: '{key}' is there twice")
-                found[key] = text
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the prompts of '{path}': {error}") from error
-    if not found:
-        raise UserError(f"'{path}' holds no prompt")
-    return found
-
-
-def picture_name(name: str) -> str:
-    """Return a picture's name without its ending: a.png -> a."""
-    stem, dot, ending = name.rpartition(".")
-    return stem if dot and ending.lower() in ("png", "jpg", "jpeg", "webp") else name
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the vectors of '{path}': {error}") from error
+    if values.ndim != 2 or values.dtype.kind != "f":
+        raise UserError(f"'{path}' holds {values.dtype} of shape {values.shape}; vectors are floats (N,F)")
+    return values.astype(np.float32)
 
 
 def write_submission(path: Path, vectors: Vectors) -> None:

@@ -13,14 +13,16 @@ class Similarity:
 
     Args:
         cosines: (N,) of each with its right one.
-        recall: share of those whose right vector is the nearest of all right ones (ties: the first).
-        mean_vector: mean cosine that one and the same vector would get, the mean of the right ones: what guessing gives
-            to somebody who has seen all the answers.
+        recall: share of those whose right vector is the nearest of the bank: all right ones and others.
+        mean_vector: mean cosine that one and the same vector would get, the mean of the right ones (what guessing gives
+            to somebody who has seen all the answers) or of the vectors that were given to guess by.
+        nearest: (N,) number of the nearest in the bank; the right ones come first.
     """
 
     cosines: np.ndarray
     recall: float
     mean_vector: float
+    nearest: np.ndarray
 
     def figures(self) -> dict[str, float]:
         """Return mean, median, recall and the guess, from -1 to 1 or 0 to 1, and how many there are."""
@@ -50,12 +52,20 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(length > 0, length, 1.0)
 
 
-def similarity(predicted: np.ndarray, right: np.ndarray, block: int = 4096) -> Similarity:
+def similarity(
+    predicted: np.ndarray,
+    right: np.ndarray,
+    others: np.ndarray | None = None,
+    guess: np.ndarray | None = None,
+    block: int = 1024,
+) -> Similarity:
     """Compare predicted vectors with the right ones.
 
     Args:
         predicted: (N,F).
         right: (N,F).
+        others: (M,F) more that the bank holds.
+        guess: (n,F) whose mean is the guess; None = the right ones.
         block: rows of the matrix of all cosines that are held at a time.
 
     Raises:
@@ -64,11 +74,15 @@ def similarity(predicted: np.ndarray, right: np.ndarray, block: int = 4096) -> S
     if predicted.shape != right.shape or len(right) == 0:
         raise ValueError(f"{predicted.shape} vectors beside {right.shape}")
     wanted = unit(right)
-    found = 0
+    bank = wanted if others is None else np.concatenate([wanted, unit(others)])  # (N+M,F)
+    nearest, found = np.empty(len(right), np.int64), 0
     for start in range(0, len(right), block):
-        scores = np.round(unit(predicted[start : start + block]) @ wanted.T, 9)  # (b,N)
-        best = scores.argmax(axis=1)  # (b,)
-        own = scores[np.arange(len(scores)), np.arange(start, start + len(scores))]
-        found += int((scores[np.arange(len(scores)), best] <= own).sum())
-    guess = wanted.mean(axis=0, keepdims=True)
-    return Similarity(cosines(predicted, right), found / len(right), float((unit(guess) * wanted).sum(axis=1).mean()))
+        scores = np.round(unit(predicted[start : start + block]) @ bank.T, 9)  # (b,N+M); the same prompt twice is a tie
+        best, rows = scores.argmax(axis=1), np.arange(len(scores))  # (b,)
+        own = scores[rows, start + rows]
+        best = np.where(scores[rows, best] <= own, start + rows, best)
+        nearest[start : start + block] = best
+        found += int((best == start + rows).sum())
+    mean = (wanted if guess is None else unit(guess)).mean(axis=0, keepdims=True)
+    guessed = float((unit(mean) * wanted).sum(axis=1).mean())
+    return Similarity(cosines(predicted, right), found / len(right), guessed, nearest)

@@ -19,11 +19,45 @@ from git_model.models.git import GitModel
 from git_model.models.hub import check_name
 from git_model.models.language import LanguageModel
 from git_model.models.mapper import build_mapper
+from git_model.models.parts import PartedModel
 from git_model.models.region import RegionMapper, build_reader
+from git_model.models.regressor import EnsembleRegressor, PromptRegressor
 from git_model.models.vision import VisionEncoder, build_vision, vision_facts
 from git_model.tokens import TextCodec, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+
+def build(
+    config: Config, tokenizer: Any = None, held: Collection[str] = (), device: torch.device | str = "cpu"
+) -> PartedModel:
+    """Build the model of a run, whichever kind it is; arguments and errors as of `build_model`."""
+    if config.regressor.type == "none":
+        return build_model(config, tokenizer, held, device)
+    return build_regressor(config, held)
+
+
+def build_regressor(config: Config, held: Collection[str] = ()) -> PromptRegressor | EnsembleRegressor:
+    """Build a model whose answer is a vector, and freeze what the config freezes.
+
+    Args:
+        config: the whole run; its `vision`, `regressor` and `train.freeze` are read.
+        held: parts whose weights a checkpoint brings: only their architecture is built.
+
+    Raises:
+        UserError: something that cannot be found or does not fit together.
+    """
+    options = config.regressor
+    torch.manual_seed(config.train.seed)
+    if options.type == "ensemble":
+        shape = (options.width, options.depth, options.heads, options.dropout)
+        model: PromptRegressor | EnsembleRegressor = EnsembleRegressor(options.sources, options.dim, *shape)
+    else:
+        vision = build_vision(config.vision, "vision" not in held)
+        torch.manual_seed(config.train.seed + 1)
+        model = PromptRegressor(vision.float(), options.dim, options.hidden)
+    model.freeze(frozen_parts(config))
+    return model
 
 
 def build_model(
@@ -109,7 +143,7 @@ def frozen_parts(config: Config) -> tuple[str, ...]:
     names = set(config.train.freeze)
     if "auto" in names:
         names.discard("auto")
-        if config.language.name != "small" and not config.language.lora.rank:
+        if "language" in config.parts and config.language.name != "small" and not config.language.lora.rank:
             names.add("language")
     names.discard("nothing")
-    return tuple(part for part in ("vision", "mapper", "language") if part in names)
+    return tuple(part for part in config.parts if part in names)

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from git_model.architecture import PARTS
 from git_model.batch import IGNORE_INDEX, WHOLE, CaptionBatch
 from git_model.models.language import Decoding, LanguageModel
+from git_model.models.parts import PartedModel
 from git_model.tokens import TextCodec
 
 if TYPE_CHECKING:
     from git_model.models.vision import VisionEncoder
 
 
-class GitModel(nn.Module):
+class GitModel(PartedModel):
     """Pictures and a prompt in, a loss or text out.
 
     Args:
@@ -25,39 +27,19 @@ class GitModel(nn.Module):
         codec: the tokenizer's rules.
     """
 
+    parts = PARTS
+
     def __init__(self, vision: VisionEncoder, mapper: Any, language: LanguageModel, codec: TextCodec) -> None:
         super().__init__()
         self.vision = vision
         self.mapper = mapper
         self.language = language
         self.codec = codec
-        self.frozen: tuple[str, ...] = ()
-        self.fingerprints: dict[str, str] = {}  # of parts a checkpoint names but does not hold; see checkpoint.py
-        self.brought: set[str] = set()  # parts with another checkpoint's weights, which no name brings back
-        self.checkpointing = False  # of a frozen decoder
-        self.reads_features = False  # batches hold features, from a store, not pictures
 
     @property
     def num_image_tokens(self) -> int:
         """K, tokens of the language model an image takes."""
         return int(self.mapper.num_tokens)
-
-    def freeze(self, parts: tuple[str, ...]) -> None:
-        """Stop training the named parts: no gradient, evaluation mode (dropout off, batch-norm statistics kept)."""
-        self.frozen = parts
-        for part in parts:
-            getattr(self, part).requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> GitModel:
-        """Switch to training mode, frozen parts and batch-norm statistics excepted."""
-        super().train(mode)
-        for part in self.frozen:
-            getattr(self, part).train(mode and self.checkpointing and part == "language")
-        for module in self.vision.modules():  # a ResNet's statistics: batch == single, and no bad batch gets into them
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
     def checkpoint_activations(self) -> None:
         """Recompute the decoder's activations in the backward pass: less memory, more time.

@@ -1,25 +1,99 @@
-"""Vectors of prompts from several sources: EnsembleRegressor, and the published one that fuses nothing."""
+"""Vectors of prompts: PromptRegressor from pictures, EnsembleRegressor from sources; the published, faulty one."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from git_model.architecture import REGRESSORS
+from git_model.batch import RegressionBatch
 from git_model.errors import UserError
+from git_model.models.parts import PartedModel
+
+if TYPE_CHECKING:
+    from git_model.models.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
 
-class EnsembleRegressor(nn.Module):
+class PromptRegressor(PartedModel):
+    """A head on an image encoder: picture -> the vector of the text that it was made from.
+
+    Args:
+        vision: (I,3,H,W) -> (I,N,D); several tokens are averaged.
+        out: F, of the vector.
+        hidden: width of a layer between; 0 = the head is linear.
+    """
+
+    parts = REGRESSORS["head"]
+
+    def __init__(self, vision: VisionEncoder, out: int = 384, hidden: int = 0) -> None:
+        super().__init__()
+        self.vision = vision
+        between = [nn.Linear(vision.dim, hidden), nn.GELU()] if hidden else []
+        self.head = nn.Sequential(nn.LayerNorm(vision.dim), *between, nn.Linear(hidden or vision.dim, out))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the encoder's features: (I,3,H,W) uint8 -> (I,N,D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            return self.vision(self.vision.normalise(images))  # (I,N,D)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """Return unit vectors (I,F) of pictures (I,3,H,W) uint8, or of their features (I,N,D)."""
+        features = images if images.is_floating_point() else self.features(images)  # (I,N,D)
+        pooled = features.mean(dim=1).to(next(self.head.parameters()).dtype)  # (I,D)
+        return F.normalize(self.head(pooled).float(), dim=-1)  # (I,F)
+
+    def forward(self, batch: RegressionBatch) -> Tensor:
+        """Return the mean of 1 - cosine; 0 of an empty batch, through every part all the same."""
+        if len(batch.wanted):
+            return cosine_loss(self.vectors(batch.images)[batch.which], batch.wanted)
+        side, device = self.vision.resolution, batch.wanted.device
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+        if self.reads_features:
+            blank = torch.zeros(1, self.vision.num_tokens, self.vision.dim, device=device)
+        return self.vectors(blank).sum() * 0.0
+
+
+class Fusion(nn.Module):
+    """Sources as tokens, with a class token before them, through a transformer: S x (B,D) -> (B,W).
+
+    Each source: LayerNorm -> Linear -> + a learned embedding of the source; see `EnsembleRegressor`.
+    """
+
+    def __init__(self, widths: Mapping[str, int], width: int, depth: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths.values())
+        self.projections = nn.ModuleList(nn.Linear(w, width) for w in widths.values())
+        self.sources = nn.Parameter(torch.randn(len(widths), width) * 0.02)  # (S,W)
+        self.start = nn.Parameter(torch.randn(width) * 0.02)  # (W,)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, features: Sequence[Tensor], missing: Tensor | None) -> Tensor:
+        """Return (B,W) of S features (B,D); `missing` (B,S) are masked."""
+        tokens = []
+        for index, (given, norm, project) in enumerate(zip(features, self.norms, self.projections, strict=True)):
+            x = given if missing is None else torch.where(missing[:, index, None], 0.0, given)  # (B,D); no nan gets in
+            tokens.append(project(norm(x)) + self.sources[index])  # (B,W)
+        start = self.start.expand(len(features[0]), -1)
+        x = torch.stack([start, *tokens], dim=1)  # (B,1+S,W)
+        hidden = None if missing is None else F.pad(missing, (1, 0))  # (B,1+S)
+        return self.encoder(x, src_key_padding_mask=hidden)[:, 0]  # (B,W)
+
+
+class EnsembleRegressor(PartedModel):
     """Any number of sources of any width, each a token, fused by a transformer into one unit vector.
 
-    Each source: LayerNorm -> Linear -> + a learned embedding of the source. A class token sees them all; a source that
-    is missing is masked. Pre-norm, batch first: nothing of another row of the batch has an effect.
+    A class token sees them all; a source that is missing is masked. Pre-norm, batch first: nothing of another row of
+    the batch has an effect.
 
     Args:
         widths: of the sources, by name, in a fixed order.
@@ -32,6 +106,8 @@ class EnsembleRegressor(nn.Module):
     Raises:
         UserError: no source, or heads that do not divide the width.
     """
+
+    parts = REGRESSORS["ensemble"]
 
     def __init__(
         self,
@@ -48,17 +124,10 @@ class EnsembleRegressor(nn.Module):
         if width % heads:
             raise UserError(f"width {width} cannot be shared by {heads} heads")
         self.widths = dict(widths)
-        self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths.values())
-        self.projections = nn.ModuleList(nn.Linear(w, width) for w in widths.values())
-        self.sources = nn.Parameter(torch.randn(len(widths), width) * 0.02)  # (S,W)
-        self.start = nn.Parameter(torch.randn(width) * 0.02)  # (W,)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.fusion = Fusion(widths, width, depth, heads, dropout)
         self.head = nn.Linear(width, out)
 
-    def forward(self, features: Sequence[Tensor], missing: Tensor | None = None) -> Tensor:
+    def vectors(self, features: Sequence[Tensor], missing: Tensor | None = None) -> Tensor:
         """Return unit vectors (B,F).
 
         Args:
@@ -67,14 +136,13 @@ class EnsembleRegressor(nn.Module):
         """
         if len(features) != len(self.widths):
             raise ValueError(f"{len(features)} sources; wanted {', '.join(self.widths)}")
-        tokens = []
-        for index, (given, norm, project) in enumerate(zip(features, self.norms, self.projections, strict=True)):
-            x = given if missing is None else torch.where(missing[:, index, None], 0.0, given)  # (B,D); no nan gets in
-            tokens.append(project(norm(x)) + self.sources[index])  # (B,W)
-        start = self.start.expand(len(features[0]), -1)
-        x = torch.stack([start, *tokens], dim=1)  # (B,1+S,W)
-        hidden = None if missing is None else F.pad(missing, (1, 0))  # (B,1+S)
-        return F.normalize(self.head(self.encoder(x, src_key_padding_mask=hidden)[:, 0]), dim=-1)  # (B,F)
+        return F.normalize(self.head(self.fusion(features, missing)).float(), dim=-1)  # (B,F)
+
+    def forward(self, batch: RegressionBatch) -> Tensor:
+        """Return the mean of 1 - cosine; 0 of an empty batch, through every part all the same."""
+        if len(batch.wanted):
+            return cosine_loss(self.vectors(batch.inputs, batch.missing)[batch.which], batch.wanted)
+        return self.vectors([batch.wanted.new_zeros(1, width) for width in self.widths.values()]).sum() * 0.0
 
 
 class PublishedEnsemble(nn.Module):
@@ -87,6 +155,8 @@ class PublishedEnsemble(nn.Module):
     Args:
         fused: with the axes as they were meant.
     """
+
+    widths: ClassVar[Mapping[str, int]] = {"clip": 512, "convnext": 768, "interrogated": 384}
 
     def __init__(self, fused: bool = False) -> None:
         super().__init__()

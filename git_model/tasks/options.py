@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,11 +137,6 @@ class TsvOptions:
     out_dir: str
     name: str
     max_bad: Annotated[float, Range(0, 1)] = 0.0
-
-
-def cache_folder() -> Path:
-    """Return where this user keeps what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "git_model"
 
 
 def check_model_path(model_path: str) -> None:

@@ -19,9 +19,17 @@ from git_model.tasks.export_model import export
 from git_model.tasks.features import encode_features
 from git_model.tasks.paragraph import image_to_paragraph
 from git_model.tasks.params import Scalar, show
-from git_model.tasks.prompt import embed_prompt, score_submission, write_submission
+from git_model.tasks.prompt import embed_prompt, make_prompt_bank
+from git_model.tasks.prompt_split import split_prompts
+from git_model.tasks.recover import image_to_prompt
 from git_model.tasks.retrieval import evaluate_retrieval
 from git_model.tasks.score import evaluate_on_coco_caption, evaluate_on_vqa
+from git_model.tasks.submission import (
+    evaluate_on_prompt_similarity,
+    fit_weights,
+    score_submission,
+    write_submission,
+)
 from git_model.tasks.tsv import caption_tsv, merge_tsv_parts
 from git_model.tasks.values import convert, to_node, wanted
 
@@ -50,9 +58,14 @@ TASKS: dict[str, Task] = {
     "dense_caption_tsv": dense_caption_tsv,
     "image_to_paragraph": image_to_paragraph,
     "evaluate_retrieval": evaluate_retrieval,
+    "image_to_prompt": image_to_prompt,
     "embed_prompt": embed_prompt,
+    "make_prompt_bank": make_prompt_bank,
+    "evaluate_on_prompt_similarity": evaluate_on_prompt_similarity,
+    "fit_weights": fit_weights,
     "write_submission": write_submission,
     "score_submission": score_submission,
+    "split_prompts": split_prompts,
     "demo": demo,
 }
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from git_model.errors import UserError
-from git_model.tasks.options import cache_folder
 
 if TYPE_CHECKING:
     from git_model.metrics.caption import CaptionScores
@@ -35,6 +34,7 @@ def evaluate_on_coco_caption(
     """
     from git_model.datasets.annotations import coco_results, read_references, read_results
     from git_model.datasets.files import write_all
+    from git_model.datasets.kept import cache_folder
     from git_model.datasets.records import json_cell, write_tsv
     from git_model.metrics.caption import caption_scores
     from git_model.tasks.report import write_caption_page

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from git_model.errors import UserError
 from git_model.tasks.dense import FourNumbers, Said, best, describe, shown_boxes
 from git_model.tasks.levels import Levels, Thing
-from git_model.tasks.options import ModelOptions, cache_folder
+from git_model.tasks.options import ModelOptions
 from git_model.tasks.values import Range
 from git_model.tasks.writers import PROMPT, Paragraph, compose, template
 
@@ -107,6 +107,7 @@ class Teller:
                 writing.base_url, writing.writer_model, writing.key_env, writing.timeout, writing.retries, form,
                 writing.language,
             )  # fmt: skip
+        from git_model.datasets.kept import cache_folder
         from git_model.models.phrases import TwoTowers, read_phrases
         from git_model.tasks.bank import kept_bank
         from git_model.tasks.opening import pick_device
