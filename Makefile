@@ -19,6 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-interrogator
 	@touch $(READY)
 
 # drawn scenes -> a trained captioner -> its captions and answers on scenes unlike those it saw
@@ -48,6 +49,8 @@ soak: $(READY)
 	$(BIN)/python -m pytest -m soak -s tests/test_end_to_end.py
 	$(BIN)/python -m benchmarks.region_gates
 	$(BIN)/python -m benchmarks.paragraph_gates
+	$(BIN)/python -m benchmarks.prompt_gates
+	$(BIN)/python -m benchmarks.neighbours
 	GIT_MODEL_FUZZ=20000 GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_tsv_task.py
 	GIT_MODEL_KILLS=1000 $(BIN)/python -m pytest -s tests/test_lost_runs.py -k test_kills
 	GIT_MODEL_KILLS=100 $(BIN)/python -m pytest tests/test_download.py -k killed

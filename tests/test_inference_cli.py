@@ -9,6 +9,7 @@ import logging
 import math
 import subprocess
 import sys
+import typing
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -296,7 +297,8 @@ def test_every_task_can_be_asked_for_by_keys(name: str) -> None:
     for key, told in keys.items():
         assert wanted(told.annotation) != "null", f"{key}: no words for {told.annotation}"
         if not told.required:  # the default must be a value its own reader accepts
-            others = {k: "1" for k, other in keys.items() if other.required}
+            plain = {k: typing.get_origin(other.annotation) for k, other in keys.items() if other.required}
+            others = {k: {"a": "1"} if kind is dict else "1" for k, kind in plain.items()}
             arguments = resolve({"type": name, **others, key: told.default})[1]
             read = getattr(arguments[told.group], key) if told.group else arguments[key]
             assert read == told.default

@@ -296,3 +296,44 @@ def test_models_of_another_kind(captioner: Path, tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="is no checkpoint of this program"):
         run({**task, "model_path": tmp_path / "x.pt", "images": tmp_path})
+
+
+def test_the_recipe_of_diffusiondb(tmp_path: Path, root: Path) -> None:
+    """Split by prompts, then the recipe as it stands, with small models: pictures in parts, names of one side."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    prompts = [f"{a} {b}, {c}" for a in ("red", "blue") for b in ("cat", "tower", "ship") for c in ("oil", "photo")]
+    names = [f"{number:02d}.png" for number in range(24)]
+    (tmp_path / "images" / "part-000001").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (tmp_path / "images" / "part-000001" / name).write_bytes(png(number))
+    table = {"image_name": names, "prompt": prompts * 2, "part_id": [1] * 24}
+    table |= {"image_nsfw": [0.1] * 23 + [2.0], "prompt_nsfw": [0.0] * 24}
+    pq.write_table(pa.table(table), tmp_path / "metadata.parquet")
+    split = {"type": "split_prompts", "prompts": tmp_path / "metadata.parquet", "out_dir": tmp_path / "split"}
+    told = run({**split, "share": 0.25, "near": None})
+    assert (told["train"], told["val"]) == (18, 6)
+    small = [
+        "--data_dir",
+        str(tmp_path),
+        "--workers",
+        "0",
+        "--bs",
+        "4",
+        "--set",
+        "vision.small={stem: [8, 16], width: 16}",
+    ]
+    small += ["-iet", "small", "--input_resolution", "32", "--freeze", "nothing", "--epochs", "1"]
+    recipes = root / "checkpoints"
+    lines = {
+        "diffusiondb": ["-lm", "small", "--set", "language.small={width: 32, depth: 1, heads: 2, vocab_size: 300}"],
+        "diffusiondb_head": ["--freeze", "vision", "--feature_store", str(tmp_path / "store")],
+        "diffusiondb_all": ["--init_from", str(tmp_path / "diffusiondb_head" / "model_best.pt")],
+    }
+    for name, more in lines.items():
+        line = ["--config", str(recipes / name / "config.yml"), *small, "--output_dir", str(tmp_path / name), *more]
+        scores = train.train(read_flags(line)[0])
+        report = json.loads((tmp_path / name / "run_report.json").read_text())["samples"]
+        assert report["ok"] in (17, 18), "a picture that Stable Diffusion has blurred is left out"
+        assert set(scores) >= ({"cider"} if name == "diffusiondb" else {"mean_cosine"})

@@ -92,7 +92,8 @@ def make_prompt_bank(
 ) -> dict[str, Any]:
     """Write a bank of prompts for `embed_prompt` and `image_to_prompt`: each as a picture's neighbour, and as a text.
 
-    prompts: CSV (imgId or image, prompt), or DiffusionDB's metadata (.parquet); the same text is taken once.
+    prompts: CSV (imgId or image, prompt), captions (TSV, COCO's JSON) or DiffusionDB's metadata (.parquet); the same
+        text is taken once.
     out_dir: a folder; memory stays flat, however many prompts there are.
     towers: model of pictures and texts, whose text tower makes what a picture is compared with.
     """
@@ -102,7 +103,9 @@ def make_prompt_bank(
     from git_model.models.text import SentenceEncoder
     from git_model.tasks.opening import pick_device
 
-    texts = list(dict.fromkeys(text for _, text in read_rows(Path(prompts)).pairs() if text.strip()))
+    large = prompts.endswith((".csv", ".parquet"))
+    pairs = read_rows(Path(prompts)).pairs() if large else read_texts(prompts).items()
+    texts = list(dict.fromkeys(text for _, text in pairs if text.strip()))
     if not texts:
         raise UserError(f"'{prompts}' holds no prompt")
     place = pick_device(device)

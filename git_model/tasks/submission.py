@@ -72,7 +72,7 @@ def evaluate_on_prompt_similarity(
     """Score vectors of prompts: cosines with the right ones, and how often the right one is the nearest of a bank.
 
     vectors: <name>.npy or a submission (.csv); or several sources, each of which is scored, and their weighted sum.
-    truth: prompts (CSV), which are encoded, or vectors; every name of it needs a vector.
+    truth: prompts (CSV, TSV), which are encoded, or vectors (.npy, a submission); every name of it needs a vector.
     weights: of the sources; see write_submission.
     bank: more prompts (CSV) or vectors that R@1 chooses among, beside the right ones of all.
     baseline: vectors or prompts of the training set, whose mean is the guess that every score stands beside; default:
@@ -175,11 +175,12 @@ def default_weights(sources: dict[str, str]) -> dict[str, float]:
 
 
 def vectors_of(path: str, text_encoder: str, device: str = "auto") -> Vectors:
-    """Return the vectors of a file, or of a CSV's prompts, encoded now; raises UserError."""
+    """Return the vectors of a file, or of the prompts of a CSV or TSV, encoded now; raises UserError."""
     from git_model.datasets.vectors import HEADER, Vectors, read_vectors
     from git_model.models.text import SentenceEncoder
     from git_model.tasks.opening import pick_device
 
+    texts: dict[str, str] | None = read_texts(path) if path.endswith((".tsv", ".json")) else None
     if path.endswith(".csv"):
         try:
             with Path(path).open(encoding="utf-8-sig") as file:
@@ -188,5 +189,6 @@ def vectors_of(path: str, text_encoder: str, device: str = "auto") -> Vectors:
             raise UserError(f"cannot read '{path}': {error}") from error
         if head != ",".join(HEADER):
             texts = read_texts(path)
-            return Vectors(tuple(texts), SentenceEncoder(text_encoder, pick_device(device))(list(texts.values())))
-    return read_vectors(Path(path))
+    if texts is None:
+        return read_vectors(Path(path))
+    return Vectors(tuple(texts), SentenceEncoder(text_encoder, pick_device(device))(list(texts.values())))
