@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from git_model.batch import RegressionBatch
+from git_model.cluster import rank_and_world
 from git_model.config import Config
 from git_model.datasets.collate_vectors import TextVectors, VectorCollator
 from git_model.datasets.kept import cache_folder, kept, version_of
@@ -54,23 +55,29 @@ def _parts(source: Source) -> list[Source]:
     return list(source.sources) if isinstance(source, Joined) else [source]
 
 
-def text_vectors(config: Config, sources: Iterable[Source], device: str, progress: bool = True) -> TextVectors | None:
-    """Return the vector of every text of some sources, from this user's cache or made now; None where there is no text.
+def text_vectors(config: Config, sources: Iterable[Source], device: torch.device) -> TextVectors | None:
+    """Return the vectors that a regressor learns: of every text of some sources, from this user's cache or made now.
+
+    Returns:
+        None for a model that writes text, and where there is none: samples that bring their vectors themselves.
 
     Raises:
         UserError: no such encoder, or vectors of another width than `regressor.dim`.
     """
+    if config.regressor.type == "none":
+        return None
     texts = list(dict.fromkeys(chain.from_iterable(source.texts() for source in sources)))
     if not texts:
         return None
     from git_model.models.text import SentenceEncoder
 
-    encoder = SentenceEncoder(config.regressor.text_encoder, device)
+    encoder = SentenceEncoder(config.regressor.text_encoder, str(device))
     if encoder.dim != config.regressor.dim:
         told = f"regressor.dim is {config.regressor.dim}, {encoder.name} gives {encoder.dim} numbers"
         raise UserError(f"{told}: --set regressor.dim={encoder.dim}")
     made_of = [encoder.name, version_of(encoder.name, encoder.config), *texts]
-    values = kept(cache_folder() / "texts", made_of, len(texts), lambda: encoder(texts, progress=progress))
+    first = rank_and_world()[0] == 0
+    values = kept(cache_folder() / "texts", made_of, len(texts), lambda: encoder(texts, progress=first))
     return TextVectors({text: row for row, text in enumerate(texts)}, values)
 
 

@@ -17,9 +17,8 @@ from git_model import checkpoint, engine, regression, resume, training, validati
 from git_model.batch import Batch
 from git_model.cluster import StopRequest, note_stop
 from git_model.config import Config
-from git_model.datasets.collate_vectors import TextVectors
 from git_model.datasets.loader import train_batches
-from git_model.datasets.sources import Source, build_source
+from git_model.datasets.sources import build_source
 from git_model.encoding import use_features
 from git_model.errors import Preempted, UserError
 from git_model.hardware import reset_peak_memory
@@ -62,14 +61,13 @@ class Run:
         if latest is None and options.init_from is not None:
             given = checkpoint.read_content(Path(options.init_from))
         tokenizer = None
-        writes = config.regressor.type == "none"
-        if writes and config.language.name == "small":  # its tokenizer comes from the texts at hand
+        if "language" in config.parts and config.language.name == "small":  # its tokenizer: from the texts at hand
             saved: Any = (latest or given or {}).get("tokenizer")
             size = config.language.small.vocab_size
             tokenizer = tokenizer_from_json(saved) if saved else train_tokenizer(source.texts(), size)
         with self.accelerator.local_main_process_first():  # weights by name are fetched once a machine
             model: Any = build(config, tokenizer, device=self.accelerator.device)
-            vectors = self._text_vectors(source, val_source)
+            vectors = regression.text_vectors(config, (source, val_source), self.accelerator.device)
         self.raw_model = model
         identify(self.raw_model)
         if given is not None and options.init_from is not None:
@@ -111,13 +109,6 @@ class Run:
             log.info("%s", training.describe_parts(self.raw_model))
         reset_peak_memory(self.accelerator.device)
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
-
-    def _text_vectors(self, *sources: Source) -> TextVectors | None:
-        """Return the vectors that a regressor learns, where they are those of texts."""
-        if self.config.regressor.type == "none":
-            return None
-        shown = self.accelerator.is_main_process
-        return regression.text_vectors(self.config, sources, str(self.accelerator.device), progress=shown)
 
     def _prepare(self) -> None:
         """Hand model and optimiser to the engine; a sharded model's optimiser steps each process's share."""

@@ -35,6 +35,7 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = Path(config.train.output_dir)
         self.path = self.folder / "metrics.jsonl"
+        self.unit = "nats a token" if config.regressor.type == "none" else "1 - cosine"
         self.started = time.monotonic()
         if accelerator.is_main_process:
             import yaml
@@ -75,7 +76,7 @@ class RunLog:
             log.info("peak memory %.1f MB (%s)", peak / 1e6, self.accelerator.device)
             report = {"samples": merge_ledgers(ranks), "skipped_steps": skipped_steps, "peak_memory_bytes": peak}
             write_all([(self.folder / "run_report.json", [json.dumps(report, indent=2).encode() + b"\n"])])
-            plot_loss(self.path, self.folder / "loss_curve.png")
+            plot_loss(self.path, self.folder / "loss_curve.png", self.unit)
         self.accelerator.wait_for_everyone()  # a process that leaves the group early may abort
         self.accelerator.end_training()
 
@@ -91,7 +92,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_loss(metrics: Path, picture: Path) -> None:
+def plot_loss(metrics: Path, picture: Path, unit: str = "nats a token") -> None:
     """Draw training and validation loss over the steps."""
     import matplotlib
 
@@ -104,7 +105,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
         points = [(line["step"], float(line[name])) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "val_loss" else None)
-    axes.set(xlabel="step", ylabel="nats a token", title="loss")
+    axes.set(xlabel="step", ylabel=unit, title="loss")
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)

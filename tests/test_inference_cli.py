@@ -9,8 +9,8 @@ import logging
 import math
 import subprocess
 import sys
-import typing
 import time
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
