@@ -17,6 +17,7 @@ from PIL import Image
 from git_model.datasets import shapes, shapes_text
 from git_model.datasets.records import TSVFile
 from git_model.datasets.shapes import draw_scene, make_scene, visible_fractions, write_shapes
+from git_model.datasets.shapes_prompt import prompt
 from git_model.datasets.shapes_text import HELD_OUT, QA, Scene, Thing, captions, questions, regions
 from git_model.errors import UserError
 
@@ -230,7 +231,7 @@ def test_files_are_written_once(tmp_path: Path) -> None:
     expected = {
         f"{split}.{column}.{suffix}"
         for split in counts
-        for column in ("img", "caption", "question", "region", "pair")
+        for column in ("img", "caption", "question", "region", "pair", "prompt")
         for suffix in ("tsv", "lineidx", "lineidx.8b")
     }
     assert {p.name for p in tmp_path.iterdir()} == expected | {"dataset.json"}
@@ -273,3 +274,21 @@ def test_wrong_parameters_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="val is -1"):
         write_shapes(tmp_path, val=-1)
     assert (tmp_path / "dataset.json").is_file()
+
+
+def test_prompts_tell_of_things_and_ground(every: list[Scene], tmp_path: Path) -> None:
+    """Each thing once in the order of mention, then the ground's style and palette: another ground is another prompt."""
+    styles: dict[str, set[str]] = {}
+    for scene in every:
+        said, *rest = prompt(scene).split(", ")
+        assert re.findall(r"(small|large) (\w+) (\w+)", said) == [(t.size, t.colour, t.shape) for t in scene.things]
+        if len(scene.things) > 1:
+            assert shapes_text.relation(*scene.things[:2]) in said
+        styles.setdefault(scene.ground, set()).add(", ".join(rest))
+    assert all(len(said) == 1 for said in styles.values())
+    assert len(set.union(*styles.values())) == len(styles) == 24
+    write_shapes(tmp_path, train=3, val=0, test=0, progress=False)
+    rows = [TSVFile(tmp_path / "train.prompt.tsv")[i] for i in range(3)]
+    assert [json.loads(cell) for _, cell in rows] == [
+        [{"caption": prompt(make_scene(0, "train", i))}] for i in range(3)
+    ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.errors import UserError
-from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
+from git_model.tasks.options import BatchOptions, ModelOptions, SearchOptions
 from git_model.tasks.teller import RegionOptions, WriterOptions
 from git_model.tasks.values import Range
 
@@ -115,7 +115,7 @@ def _finder(
     encoder = SentenceEncoder(text_encoder)
     told: dict[str, Any] = {"image_path": gallery, "out_tsv": gallery_tsv, "regions": regions, "writing": writing}
     if not Path(str(gallery_tsv)).exists():
-        image_to_paragraph(**told, model=model, search=search, share=PartOptions(), max_bad=1.0)
+        image_to_paragraph(**told, model=model, search=search, share=BatchOptions(max_bad=1.0))
     return Finder.of_folder(Path(gallery), Path(str(gallery_tsv)), encoder)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.batch import Region, Target
 from git_model.errors import ImageError, UserError
-from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
+from git_model.tasks.options import BatchOptions, ModelOptions, SearchOptions
 from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
@@ -134,10 +134,8 @@ def dense_caption_tsv(
     prompt: str = "",
     model: ModelOptions,
     search: SearchOptions,
-    share: PartOptions,
+    share: BatchOptions,
     batch_size: Annotated[int, Range(1, 4096)] = 32,
-    workers: Annotated[int, Range(0, 256)] = 2,
-    max_bad: Annotated[float, Range(0, 1)] = 0.01,
 ) -> dict[str, Any] | None:
     """Caption proposed boxes of every picture of an image TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.tasks.tsv import batch_run, check_files
@@ -174,7 +172,7 @@ def dense_caption_tsv(
 
         return AskRows(Path(image_tsv), None, decode_image), answer, 1
 
-    return batch_run(out_tsv, job, start, share, columns=2, workers=workers, max_bad=max_bad)
+    return batch_run(out_tsv, job, start, share, columns=2)
 
 
 def _proposed(proposer: RegionProposer | None, picture: Image) -> list[FourNumbers]:

@@ -131,6 +131,14 @@ class PartOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchOptions(PartOptions):
+    """How a batch task goes over its rows."""
+
+    workers: Annotated[int, Range(0, 256)] = 2
+    max_bad: Annotated[float, Range(0, 1)] = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class TsvOptions:
     """Where a prepared set goes, as {name}.img.tsv and its companions, and how much of it may be unreadable."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from git_model.errors import ImageError, UserError
 from git_model.tasks.dense import FourNumbers
-from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions, check_model_path
+from git_model.tasks.options import BatchOptions, ModelOptions, SearchOptions, check_model_path
 from git_model.tasks.teller import RegionOptions, Teller, WriterOptions
 from git_model.tasks.values import Range
 
@@ -28,10 +28,8 @@ def image_to_paragraph(
     writing: WriterOptions,
     model: ModelOptions,
     search: SearchOptions,
-    share: PartOptions,
+    share: BatchOptions,
     batch_size: Annotated[int, Range(1, 4096)] = 32,
-    workers: Annotated[int, Range(0, 256)] = 2,
-    max_bad: Annotated[float, Range(0, 1)] = 0.01,
 ) -> dict[str, Any] | None:
     """Write a paragraph about a picture, or about each of a folder's or an image TSV's; killed, a batch goes on.
 
@@ -127,7 +125,7 @@ def image_to_paragraph(
 
         return rows, lambda some: {row.row: one(row) for row in some}, 1
 
-    return batch_run(out, job, start, share, columns=2, workers=workers, max_bad=max_bad)
+    return batch_run(out, job, start, share, columns=2)
 
 
 def rows_of(region_tsv: str) -> dict[str, list[FourNumbers]]:

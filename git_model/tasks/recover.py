@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
-from git_model.tasks.options import PartOptions, SearchOptions, check_model_path
+from git_model.tasks.options import BatchOptions, SearchOptions, check_model_path
 from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
@@ -58,10 +58,8 @@ def image_to_prompt(
     out_tsv: str | None = None,
     recovery: RecoveryOptions,
     search: SearchOptions,
-    share: PartOptions,
+    share: BatchOptions,
     batch_size: Annotated[int, Range(1, 4096)] = 16,
-    workers: Annotated[int, Range(0, 256)] = 2,
-    max_bad: Annotated[float, Range(0, 1)] = 0.0,
 ) -> dict[str, Any] | None:
     """Recover the prompts that made pictures; a picture's is printed, those of a folder or a TSV go into out_tsv.
 
@@ -128,7 +126,7 @@ def image_to_prompt(
 
         return rows, answered, batch_size
 
-    return batch_run(out, job, start, share, columns=2, workers=workers, max_bad=max_bad)
+    return batch_run(out, job, start, share, columns=2)
 
 
 class Recoverer:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from git_model.cluster import rank_and_world
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
-from git_model.tasks.options import ModelOptions, PartOptions, SearchOptions
+from git_model.tasks.options import BatchOptions, ModelOptions, SearchOptions
 from git_model.tasks.values import Range
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,8 @@ def caption_tsv(
     prompt: str = "",
     model: ModelOptions,
     search: SearchOptions,
-    share: PartOptions,
+    share: BatchOptions,
     batch_size: Annotated[int, Range(1, 65536)] = 32,
-    workers: Annotated[int, Range(0, 256)] = 2,
-    max_bad: Annotated[float, Range(0, 1)] = 0.01,
 ) -> dict[str, Any] | None:
     """Caption an image TSV, or answer its question TSV; killed, it goes on; torchrun or parts share it."""
     from git_model.datasets.asking import AskRows
@@ -61,7 +59,7 @@ def caption_tsv(
         held = captioner.batches * batch_size
         return rows, lambda chunk: _answered(captioner, chunk, how, batch_size, asked=asked), held
 
-    return batch_run(out_tsv, job, start, share, columns=1 if question_tsv else 2, workers=workers, max_bad=max_bad)
+    return batch_run(out_tsv, job, start, share, columns=1 if question_tsv else 2)
 
 
 def check_files(out_tsv: str, *inputs: str | None) -> None:
@@ -81,11 +79,9 @@ def batch_run(
     out_tsv: str,
     job: str,
     start: Callable[[], tuple[AskRows, Answer, int]],
-    share: PartOptions,
+    share: BatchOptions,
     *,
     columns: int,
-    workers: int,
-    max_bad: float,
 ) -> dict[str, Any] | None:
     """Answer the rows of a TSV that no run before has answered, on as many processes as there are; join, report, judge.
 
@@ -93,10 +89,8 @@ def batch_run(
         out_tsv: what is written.
         job: the identity of model, inputs and settings.
         start: loads the model; returns the rows, what answers some of them, and how many are held at a time.
-        share: which rows are this process's.
+        share: which rows are this process's, how many processes decode pictures, how many rows may fail.
         columns: of the output; a row of captions has 2, a row of answers 1 for each question.
-        workers: processes that decode pictures.
-        max_bad: share of the rows that may fail.
 
     Returns:
         the report; None where another process gives it.
@@ -108,13 +102,13 @@ def batch_run(
 
     out, (rank, world), started = Path(out_tsv), share.place(), time.time()
     if finished := _finished(out, job):
-        return _judged(finished, max_bad) if share.parts or rank == 0 else None
+        return _judged(finished, share.max_bad) if share.parts or rank == 0 else None
     if rank == 0 and out.exists():
         log.warning("%s holds another job's texts; they are replaced when this one is through", out)
     rows, answer, held = start()
     out.parent.mkdir(parents=True, exist_ok=True)
     done = journal.Journal(out, job, rank, world, len(rows))
-    _answer_all(rows, answer, done, held, workers)
+    _answer_all(rows, answer, done, held, share.workers)
     counts = journal.finish_rank(out, done, rank, world, columns)
     if share.parts:  # merge_tsv_parts joins and judges
         return {"out_tsv": out_tsv, "part": rank, "parts": world, **counts}
@@ -122,7 +116,7 @@ def batch_run(
         if _finished(out, job):  # rank 0 had this rank's part from a run before, and is through
             journal.clean(out)
         return None
-    return _closed(out_tsv, {"job": job, **journal.merge(out, job, world, started)}, max_bad)
+    return _closed(out_tsv, {"job": job, **journal.merge(out, job, world, started)}, share.max_bad)
 
 
 def merge_tsv_parts(
