@@ -277,7 +277,7 @@ def test_wrong_parameters_are_named(tmp_path: Path) -> None:
 
 
 def test_prompts_tell_of_things_and_ground(every: list[Scene], tmp_path: Path) -> None:
-    """Each thing once in the order of mention, then the ground's style and palette: another ground is another prompt."""
+    """Each thing once in the order of mention, then the style and palette of the ground, which no other ground has."""
     styles: dict[str, set[str]] = {}
     for scene in every:
         said, *rest = prompt(scene).split(", ")
