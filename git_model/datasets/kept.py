@@ -42,11 +42,11 @@ def kept(folder: Path, made_of: Iterable[str], rows: int, make: Callable[[], np.
             return found
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         pass  # not made yet, or damaged: made anew
-    array, file = make(), io.BytesIO()
-    np.save(file, array)
+    array, head = np.ascontiguousarray(make()), io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_all([(path, [file.getvalue()])])
+        write_all([(path, [head.getvalue(), array.reshape(-1).view(np.uint8).data])])
     except OSError as error:
         log.warning("%d vectors are not kept: %s", len(array), error)
     return array

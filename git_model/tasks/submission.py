@@ -35,7 +35,7 @@ def write_submission(
     refuse_overwriting(out, *paths.values())
     if Path(out).suffix != ".csv":
         raise UserError(f"out is '{out}'; a submission ends in .csv")
-    joined, used = joined_of(vectors, weights)
+    joined, used, _ = joined_of(vectors, weights)
     files.write_submission(Path(out), joined)
     return {"out": out, "images": len(joined.ids), "dim": joined.values.shape[1], "weights": used}
 
@@ -80,14 +80,12 @@ def evaluate_on_prompt_similarity(
     outfile: JSON with the figures and, picture by picture, the cosine and whose prompt is the nearest.
     """
     from git_model.datasets.files import refuse_overwriting, write_all
-    from git_model.datasets.vectors import read_vectors
     from git_model.metrics.similarity import similarity
 
-    joined, used = joined_of(vectors, weights)
+    joined, used, parts = joined_of(vectors, weights)
     right = vectors_of(truth, text_encoder, device)
     others = vectors_of(bank, text_encoder, device).values if bank else None
     guess = vectors_of(baseline, text_encoder, device).values if baseline else None
-    parts = {} if isinstance(vectors, str) else {name: read_vectors(Path(path)) for name, path in vectors.items()}
     shown = vectors if isinstance(vectors, str) else "the sources"
 
     def scored(given: Vectors, what: str) -> Any:
@@ -100,7 +98,7 @@ def evaluate_on_prompt_similarity(
             raise UserError(f"{what} has {array.shape[1]} numbers a vector, {truth} {right.values.shape[1]}")
     found = scored(joined, shown)
     told: dict[str, Any] = found.figures()
-    if parts:
+    if not isinstance(vectors, str):
         told |= {"weights": used, "sources": {name: scored(part, name).figures() for name, part in parts.items()}}
     if outfile is not None:
         given = [vectors] if isinstance(vectors, str) else vectors.values()
@@ -156,13 +154,16 @@ def fit_weights(
     return told
 
 
-def joined_of(vectors: str | dict[str, str], weights: dict[str, float] | None) -> tuple[Vectors, dict[str, float]]:
-    """Return the weighted sum of files' vectors, joined by name, and the weights; raises UserError."""
+def joined_of(
+    vectors: str | dict[str, str], weights: dict[str, float] | None
+) -> tuple[Vectors, dict[str, float], dict[str, Vectors]]:
+    """Return the weighted sum of files' vectors, joined by name, the weights, and the parts; raises UserError."""
     from git_model.datasets.vectors import read_vectors, weighted
 
     paths = {"vectors": vectors} if isinstance(vectors, str) else dict(vectors)
     used = default_weights(paths) if weights is None else weights
-    return weighted({name: read_vectors(Path(path)) for name, path in paths.items()}, used), used
+    parts = {name: read_vectors(Path(path)) for name, path in paths.items()}
+    return weighted(parts, used), used, parts
 
 
 def default_weights(sources: dict[str, str]) -> dict[str, float]:
