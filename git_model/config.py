@@ -239,6 +239,13 @@ class Config:
         given += [f"data.{n}" for n in ("group_by_length", "captions") if getattr(data, n)]
         switched = ("fsdp", "gradient_checkpointing", "label_smoothing", "lr_mapper", "lr_language")
         given += [f"train.{n}" for n in switched if getattr(train, n)]
+        plain, own = (
+            RegressorConfig(),
+            ("hidden",) if kind == "ensemble" else ("width", "depth", "heads", "dropout", "sources"),
+        )
+        given += [f"regressor.{n}" for n in own if getattr(self.regressor, n) != getattr(plain, n)]
+        told = "data.train is given and data.val is not: name what a validation looks at, e.g. the same with split: val"
+        check(data.train == DataConfig().train or data.val != DataConfig().val, told)
         if kind == "ensemble":
             given += ["vision"] * (self.vision != VisionConfig()) + ["data.augment"] * (data.augment != "none")
             given += [f"data.{n}" for n in ("feature_store", "cache") if getattr(data, n)]

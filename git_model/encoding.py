@@ -20,6 +20,7 @@ from git_model.config import Config
 from git_model.datasets.features import FeatureStore, chosen, stamp
 from git_model.datasets.files import RecordError
 from git_model.datasets.loader import ImageTextDataset, outlive_first_sigterm
+from git_model.datasets.prompt_sources import PictureFolder
 from git_model.errors import Preempted, UserError
 from git_model.models.git import GitModel
 from git_model.models.regressor import PromptRegressor
@@ -68,6 +69,7 @@ def open_store(
     vision: VisionEncoder,
     data: ImageTextDataset,
     source: str,
+    everything: bool = False,
 ) -> FeatureStore:
     """Return the store of a run's features, named by all that they depend on.
 
@@ -76,10 +78,11 @@ def open_store(
         vision: the encoder with its weights.
         data: the pictures, with the transform that the encoder gets them by.
         source: 'train', of which all records are stored, or 'val': those that validations look at.
+        everything: all of 'val', too.
     """
     assert config.data.feature_store is not None
     every = range(len(data))
-    records = every if source == "train" else tuple(chosen(len(data), config.train.validate_samples))
+    records = every if source == "train" or everything else tuple(chosen(len(data), config.train.validate_samples))
     identity = {
         "encoder": vision.name,
         "weights": fingerprint(vision),
@@ -91,6 +94,8 @@ def open_store(
         "decode": data.transform.decode,
         "data": [dict(entry) for entry in getattr(config.data, source)],
     }
+    if isinstance(data.source, PictureFolder):
+        identity["pictures"] = data.source.identity()
     shape, folder = (vision.num_tokens, vision.dim), Path(config.data.feature_store)
     return FeatureStore(folder, identity, records, shape, config.data.feature_type)
 

@@ -220,7 +220,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         UserError: no such file, bad YAML, or keys of the published ensemble's that are unknown, missing or wrong.
     """
     values = read_yaml(path)
-    if "embedding_paths" not in values:
+    if not {"embedding_paths", "gt_path", "exp_name"} & values.keys():
         return values
     allowed = [*ENSEMBLE_DATA, *ENSEMBLE_KEYS]
     for key in values:
@@ -228,7 +228,7 @@ def read_recipe(path: str) -> dict[str, Any]:
             raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), allowed)}; one of: {', '.join(allowed)}")
     if missing := [key for key in ("exp_name", "gt_path") if not isinstance(values.get(key), str)]:
         raise UserError(f"{path}: {missing[0]} must be a text")
-    paths = values["embedding_paths"]
+    paths = values.get("embedding_paths")
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
         raise UserError(f"{path}: embedding_paths must be a list of .npy files")
     names = [Path(p).stem for p in paths]
@@ -236,18 +236,26 @@ def read_recipe(path: str) -> dict[str, Any]:
         names = [f"source {number}" for number in range(1, len(paths) + 1)]
     entry = {"type": "vectors", "sources": dict(zip(names, paths, strict=True)), "truth": values["gt_path"]}
     entry |= {"fraction": float(read_number(values.get("train_fraction", 0.8), f"{path}: train_fraction"))}
-    entry |= {"seed": int(read_number(values.get("seed", 0), f"{path}: seed"))}
+    entry |= {"seed": read_whole(values.get("seed", 0), f"{path}: seed")}
     if values.get("num_examples") is not None:
-        entry |= {"count": int(read_number(values["num_examples"], f"{path}: num_examples"))}
+        entry |= {"count": read_whole(values["num_examples"], f"{path}: num_examples")}
     recipe: dict[str, Any] = {
         "regressor": {"type": "ensemble"},
         "data": {"dir": ".", "workers": 0, "train": [entry | {"split": "train"}], "val": [entry | {"split": "val"}]},
         "train": {"output_dir": f"checkpoints/{values['exp_name']}", "schedule": "constant", "warmup": 100},
     }
+    recipe["train"]["validate_samples"] = 2**31  # all of the rest, as there
     for key, ours in ENSEMBLE_KEYS.items():
         if key in values:
             _put(recipe, ours, values[key])
     return recipe
+
+
+def read_whole(value: Any, where: str) -> int:
+    """Return a whole number of a recipe; raises UserError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{where} must be a whole number, got {value!r}")
+    return value
 
 
 def read_number(value: Any, where: str) -> float:

@@ -19,7 +19,7 @@ from git_model.muon import Muon
 
 log = logging.getLogger(__name__)
 
-BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks|resblocks|stages)\.?(\d+)(?:\.(\d+)(?=\.))?")
+BLOCK = re.compile(r"(?:^|\.)(layers?|blocks|resblocks|stages)\.?(\d+)(?:\.(\d+)(?=\.))?")
 TABLE = re.compile(r"(position|embed|constant|query|token)\w*$")  # parameters that are lists of vectors
 
 
@@ -55,14 +55,15 @@ def parameter_groups(model: PartedModel, config: TrainConfig) -> list[dict[str, 
 def layer_factors(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """Return by how much slower each parameter of an image encoder learns: 1 above its last layer, decay a layer below.
 
-    Layers are numbered parts of a stack (`layers.3`, `stages.1.layers.0`, `layer2.1`), in the order of their numbers;
-    what comes before the first is the lowest, what comes after the last, and a projection, the highest.
+    Layers are numbered parts of a stack (`layers.3`, `stages.1.layers.0`, `layer2.1`), in the order in which they come;
+    what comes before the first is the lowest, what comes after the last, and a projection, the highest. What is
+    numbered inside of a layer (the convolutions of a ResNet's block) is of that layer.
     """
     if decay == 1:
         return {}
     named = list(encoder.named_parameters())
-    found = [tuple(int(n) for groups in BLOCK.findall(name) for n in groups if n) for name, _ in named]
-    order = {layer: number for number, layer in enumerate(sorted({layer for layer in found if layer}), 1)}
+    found = [_layer_of(name) for name, _ in named]
+    order = {layer: number for number, layer in enumerate(dict.fromkeys(layer for layer in found if layer), 1)}
     factors, level = {}, 0
     for (name, parameter), layer in zip(named, found, strict=True):
         if layer:
@@ -70,6 +71,15 @@ def layer_factors(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]
         top = name.endswith(".proj") or (not layer and level > 0)
         factors[parameter] = decay ** (len(order) + 1 - (len(order) + 1 if top else order.get(layer, 0)))
     return factors
+
+
+def _layer_of(name: str) -> tuple[int, ...]:
+    """Return the numbers of a parameter's layer; () where it is in none."""
+    numbers: tuple[int, ...] = ()
+    for word, *inside in BLOCK.findall(name):
+        if not numbers or (len(numbers) == 1 and word in ("layers", "blocks")):
+            numbers += tuple(int(n) for n in inside if n)
+    return numbers
 
 
 def build_optimizer(model: PartedModel, config: TrainConfig) -> torch.optim.Optimizer:

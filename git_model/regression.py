@@ -15,6 +15,8 @@ from git_model.batch import RegressionBatch
 from git_model.cluster import rank_and_world
 from git_model.config import Config
 from git_model.datasets.collate_vectors import TextVectors, VectorCollator
+from git_model.datasets.features import chosen
+from git_model.datasets.files import RecordError
 from git_model.datasets.kept import cache_folder, kept, version_of
 from git_model.datasets.loader import ImageTextDataset, eval_batches
 from git_model.datasets.sources import Joined, Source
@@ -66,6 +68,9 @@ def text_vectors(config: Config, sources: Iterable[Source], device: torch.device
     """
     if config.regressor.type == "none":
         return None
+    sources = list(sources)
+    for part in (part for source in sources for part in _parts(source)):
+        _check_targets(part)
     texts = list(dict.fromkeys(chain.from_iterable(source.texts() for source in sources)))
     if not texts:
         return None
@@ -79,6 +84,18 @@ def text_vectors(config: Config, sources: Iterable[Source], device: torch.device
     first = rank_and_world()[0] == 0
     values = kept(cache_folder() / "texts", made_of, len(texts), lambda: encoder(texts, progress=first))
     return TextVectors({text: row for row, text in enumerate(texts)}, values)
+
+
+def _check_targets(source: Source, looked_at: int = 64) -> None:
+    """Raise UserError where what is said is no prompt of a whole picture: answers to questions, texts of boxes."""
+    for record in chosen(len(source), looked_at):
+        try:
+            said = source.said(record)
+        except RecordError:
+            continue
+        if any(target.prompt or target.regions for target in said.targets):
+            told = "a regressor learns what is said of a whole picture; leave questions and regions out of its data"
+            raise UserError(f"'{said.key}' has questions or boxes: {told}")
 
 
 def predicted(

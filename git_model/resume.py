@@ -23,7 +23,7 @@ from git_model.errors import UserError
 from git_model.models.parts import PartedModel
 from git_model.saves import Saves, publish
 from git_model.schema import to_dict
-from git_model.weights import load_part, parts_of, saved_parts
+from git_model.weights import load_part, parts_of, saved_parts, sources_of
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,11 @@ def read_model(found: Path, config: Config, world: int = 1) -> dict[str, Any]:
     before, now = flat(to_dict(Config())) | flat(content.get("config", {})), flat(to_dict(config))
     before["samples a step"] = content.get("samples_a_step")
     now["samples a step"] = config.train.batch_size * config.train.accumulation * world
-    changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
+    before["the order of sources"] = list(sources_of(content.get("config", {})))
+    now["the order of sources"] = list(config.regressor.sources)
+    changed = [k for k in before | now if k not in MAY_CHANGE and before.get(k) != now.get(k)]
     if changed:
-        words = "; ".join(f"{k} was {before[k]}, is {now[k]}" for k in changed[:5])
+        words = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in changed[:5])
         raise UserError(f"{found.parent} holds a run with other settings: {words}. --resume no starts anew")
     return content
 

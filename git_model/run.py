@@ -178,7 +178,7 @@ class Run:
         if self.step % self.config.train.log_every and self.step != self.total_steps:
             return
         rate = self.window_images / (time.monotonic() - self.window_start)
-        mean, lr = self.window_loss / self.window_tokens, float(self.schedule.get_last_lr()[0])
+        mean, lr = self.window_loss / self.window_tokens, max(map(float, self.schedule.get_last_lr()))
         self.log.write(self.step, loss=mean, lr=lr, gradient_norm=norm, images_per_second=rate)
         self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} images/s")
         self._reset_window()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from git_model.errors import EXIT_NO_CHECKPOINT, UserError
 from git_model.models.language import LanguageModel
 from git_model.models.parts import PartedModel
+from git_model.models.regressor import EnsembleRegressor
 from git_model.models.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,11 @@ def load_part(path: Path, model: PartedModel, part: str, tensors: Mapping[str, T
         model.brought.add(part)
 
 
+def sources_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return names and widths of an ensemble's sources, in order, of a checkpoint's config; {} where it is none."""
+    return config.get("regressor", {}).get("sources", {})
+
+
 def start_from(path: Path, content: Mapping[str, Any], model: PartedModel) -> None:
     """Give a new run's model the weights of a checkpoint: the parts that it holds.
 
@@ -135,6 +141,9 @@ def start_from(path: Path, content: Mapping[str, Any], model: PartedModel) -> No
     tensors = content.get("tensors")
     if not isinstance(tensors, Mapping) or not (held := parts_of(tensors) & set(model.parts)):
         raise UserError(f"--init_from {path} holds no weights of {', '.join(model.parts)}", EXIT_NO_CHECKPOINT)
+    if isinstance(model, EnsembleRegressor) and list(sources_of(content["config"])) != list(model.widths):
+        told = f"{list(sources_of(content['config']))}, this run's are {list(model.widths)}"
+        raise UserError(f"--init_from {path} has the sources {told}, in this order", EXIT_NO_CHECKPOINT)
     for part in held:
         load_part(path, model, part, tensors)
     identify(model)

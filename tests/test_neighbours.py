@@ -254,7 +254,7 @@ def test_damaged_prompts_are_told(bank: PromptBank) -> None:
 
 def test_questions_that_a_bank_cannot_answer(tmp_path: Path, bank: PromptBank) -> None:
     for queries in (units(2, WIDTH + 1), units(2)[0]):
-        with pytest.raises(UserError, match=r"wanted: 1 or more, \(q,24\)"):
+        with pytest.raises(UserError, match=r"wanted: 1 or more, of 24 numbers, as 'clip' makes"):
             bank.nearest(queries, 3)
     for number in (0, np.nan, np.inf):
         with pytest.raises(UserError, match="query 1 is not finite, or zero"):

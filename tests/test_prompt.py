@@ -190,14 +190,36 @@ def test_similarity_by_hand() -> None:
             similarity(wrong, np.zeros((0, 2)))
 
 
+def test_similarity_with_more_to_choose_from_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = np.random.default_rng(0)
+    right, others = dice.normal(size=(40, 6)), dice.normal(size=(70, 6))
+    predicted = right + 0.6 * dice.normal(size=right.shape)
+    predicted[3] = 0.0  # like nothing
+    others[5] = 2 * right[0]  # the right one of row 0 once more: a tie
+    bank = np.concatenate([right, others])
+    scores = predicted @ bank.T / np.linalg.norm(bank, axis=1)
+    best = scores.argmax(axis=1)
+    best[(best == 45) | (np.arange(40) == 3)] = -1
+    best[0] = 0 if best[0] == -1 else best[0]
+    monkeypatch.setattr("git_model.metrics.similarity.COLUMNS", 7)
+    found = similarity(predicted, right, others=others, block=11)
+    assert found.nearest[3] == -1
+    assert [n for i, n in enumerate(found.nearest.tolist()) if best[i] >= 0] == [n for n in best.tolist() if n >= 0]
+    assert found.recall == np.mean(found.nearest == np.arange(40))
+    guess = dice.normal(size=(9, 6))
+    told = similarity(predicted, right, guess=guess).mean_vector
+    mean = (guess / np.linalg.norm(guess, axis=1, keepdims=True)).mean(axis=0)
+    assert told == pytest.approx(mean_cosine(np.tile(mean, (40, 1)), right))
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
         ({"type": "embed_prompt", "prompts": "p.csv", "out": "x.bin"}, r"end in \.npy"),
-        ({"type": "embed_prompt", "prompts": "none.csv", "out": "x.npy"}, "cannot read the prompts of 'none.csv'"),
+        ({"type": "embed_prompt", "prompts": "none.csv", "out": "x.npy"}, "no file 'none.csv'"),
         ({"type": "write_submission", "vectors": "a.npy", "out": "x.txt"}, r"ends in \.csv"),
         ({"type": "write_submission", "vectors": ["a.npy"], "out": "x.csv"}, r"vectors must be text or a mapping"),
-        ({"type": "score_submission", "submission": "none.csv", "truth": "none.npy"}, "cannot read the submission"),
+        ({"type": "score_submission", "submission": "none.csv", "truth": "none.npy"}, "no file 'none.csv'"),
     ],
 )
 def test_what_does_not_fit(keys: dict[str, Any], told: str) -> None:

@@ -89,9 +89,9 @@ def test_real_pictures_through_every_mode_to_a_submission(
     # texts
     for mode in MODES:
         task: dict[str, Any] = {"type": "image_to_prompt", "mode": mode, "image_path": images, "max_new_tokens": 6}
-        task |= {"out_tsv": tmp_path / f"{mode}.tsv", "towers": clip, "workers": 0}
+        task |= {"out_tsv": tmp_path / f"{mode}.tsv", "workers": 0}
         task |= {"nearest": {"bank": bank}, "negative": {}}.get(mode, {"model_path": captioner})
-        task |= {} if mode in ("caption", "nearest") else {"lists": lists, "intermediate": 4}
+        task |= {} if mode in ("caption", "nearest") else {"lists": lists, "towers": clip, "intermediate": 4}
         assert run(task)["ok"] == len(truth)
         texts = recovered(tmp_path / f"{mode}.tsv")
         assert {key.rpartition(".")[0] for key in texts} == set(truth)
@@ -196,12 +196,23 @@ def test_a_killed_run_goes_on_and_bad_pictures_are_told(captioner: Path, tmp_pat
     report = run({**task, "max_bad": 0.5})
     assert report["ok"] == 5
     assert "error" in out.read_text()
+    texts = {"type": "embed_prompt", "prompts": out, "out": tmp_path / "t.npy"}
+    with pytest.raises(
+        UserError, match=r"1 of 6 captions are unusable, more than max_bad 0; such as broken.png: trunc"
+    ):
+        run(texts)
+    told = run({**texts, "max_bad": 0.5})
+    assert (told["count"], list(told["failed"])) == (5, ["broken.png"])
+    with pytest.raises(UserError, match=r"has no caption of 'broken.png': trunc"):
+        run({"type": "score_submission", "submission": tmp_path / "t.npy", "truth": out})
+    (folder / "4.jpg").write_bytes(png(5))
+    with pytest.raises(
+        UserError, match="'4' is there twice: vectors are joined by a picture's name without its ending"
+    ):
+        run({"type": "embed_prompt", "images": folder, "out": tmp_path / "v.npy", "bank": "b"} | head_of(tmp_path))
+    (folder / "4.jpg").unlink()
     head = {"type": "embed_prompt", "images": folder, "out": tmp_path / "v.npy", "workers": 0}
-    recipe = {
-        "vision": {"name": "small", "resolution": 32},
-        "regressor": {"type": "head", "dim": 8},
-    }
-    model = untrained_head(recipe, tmp_path)
+    model = head_of(tmp_path)["model_path"]
     with pytest.raises(
         UserError, match=r"1 of 6 pictures are unusable, more than max_bad 0; such as broken.png: trunc"
     ):
@@ -210,6 +221,11 @@ def test_a_killed_run_goes_on_and_bad_pictures_are_told(captioner: Path, tmp_pat
     assert told["count"] == 5
     assert list(told["failed"]) == ["broken.png"]
     assert read_vectors(tmp_path / "v.npy").ids == tuple("01234")
+
+
+def head_of(tmp_path: Path) -> dict[str, Any]:
+    recipe = {"vision": {"name": "small", "resolution": 32}, "regressor": {"type": "head", "dim": 8}}
+    return {"model_path": untrained_head(recipe, tmp_path), "bank": None, "workers": 0}
 
 
 def untrained_head(recipe: dict[str, Any], tmp_path: Path) -> Path:
@@ -259,7 +275,7 @@ def test_weights_are_fitted_on_the_training_split_alone(tmp_path: Path) -> None:
         ({"type": "embed_prompt"}, "needs one of prompts, images and vectors, got none"),
         ({"type": "embed_prompt", "prompts": "a.csv", "images": "b"}, "got prompts and images"),
         ({"type": "embed_prompt", "images": "b"}, "images need either model_path .a regressor. or bank"),
-        ({"type": "embed_prompt", "images": "b", "model_path": "no.pt"}, "no checkpoint at no.pt"),
+        ({"type": "embed_prompt", "images": "b", "model_path": "no.pt"}, "no file 'no.pt'"),
         ({"type": "embed_prompt", "prompts": "a.csv", "bank": "b"}, "texts need text_encoder alone"),
         ({"type": "embed_prompt", "images": "b", "bank": "b", "suffix": "x"}, "suffix is for texts"),
         ({"type": "embed_prompt", "images": "b", "model_path": "x.pt", "published": True}, "published is for vectors"),
@@ -271,6 +287,24 @@ def test_weights_are_fitted_on_the_training_split_alone(tmp_path: Path) -> None:
             "'nearest' and bank .* belong together",
         ),
         ({"type": "image_to_prompt", "mode": "negative", "image_path": "a.png", "model_path": "x"}, "uses no caption"),
+        (
+            {"type": "image_to_prompt", "mode": "caption", "image_path": "a.png", "model_path": "x", "lists": "y"},
+            "lists has",
+        ),
+        (
+            {"type": "image_to_prompt", "mode": "fast", "image_path": "a.png", "model_path": "x", "lists": "y"},
+            "no folder of",
+        ),
+        (
+            {"type": "image_to_prompt", "mode": "nearest", "image_path": "a.png", "bank": "y"},
+            "no bank of prompts at 'y'",
+        ),
+        (
+            {"type": "embed_prompt", "images": "b", "model_path": "x.pt", "towers": "c"},
+            "towers is for images and a bank",
+        ),
+        ({"type": "fit_weights", "vectors": {"a": "no.npy"}, "truth": "t", "train": "t"}, "no file 't'"),
+        ({"type": "write_submission", "vectors": {}, "out": "s.csv"}, "vectors names no source"),
         ({"type": "image_to_prompt", "mode": "quick", "image_path": "a.png"}, "mode must be one of: caption, classic"),
         ({"type": "image_to_prompt", "model_path": "x"}, "either image_path .a picture or a folder. or image_tsv"),
         ({"type": "image_to_prompt", "image_tsv": "a.tsv", "model_path": "x"}, "name out_tsv"),
@@ -337,3 +371,41 @@ def test_the_recipe_of_diffusiondb(tmp_path: Path, root: Path) -> None:
         report = json.loads((tmp_path / name / "run_report.json").read_text())["samples"]
         assert report["ok"] in (17, 18), "a picture that Stable Diffusion has blurred is left out"
         assert set(scores) >= ({"cider"} if name == "diffusiondb" else {"mean_cosine"})
+
+
+def test_other_pictures_under_the_same_names(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    task = {"type": "encode_features", "image_encoder_type": "small", "images": folder, "out": tmp_path / "f.npy"}
+    found = []
+    for seed in (0, 10):
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(png(seed + number))
+        assert run({**task, "workers": 0})["count"] == 3
+        found.append(read_vectors(tmp_path / "f.npy").values)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+def test_a_bank_of_prompts_as_distractors_and_from_elsewhere(
+    clip: str, minilm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.csv").write_text("image,prompt\na,a cat\nb,a dog\nc,a ship\n")
+    (tmp_path / "t.csv").write_text("image,prompt\nx,a cat on a mat\ny,a boat\n")
+    monkeypatch.chdir(Path(clip).parent)
+    made = {"type": "make_prompt_bank", "prompts": tmp_path / "p.csv", "out_dir": tmp_path / "bank"}
+    run({**made, "towers": Path(clip).name})
+    with pytest.raises(UserError, match="holds a bank of prompts already"):
+        run({**made, "towers": Path(clip).name})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "x.png").write_bytes(png(0))
+    look = {"type": "embed_prompt", "images": "pictures", "bank": "bank", "out": "n.npy", "workers": 0}
+    assert run(look)["count"] == 1, "a relative path of the towers was kept as it was meant"
+    assert run({**look, "towers": clip})["count"] == 1
+    run({"type": "embed_prompt", "prompts": "p.csv", "out": "p.npy"})
+    said = read_vectors(tmp_path / "p.npy")
+    write_vectors(tmp_path / "v.npy", Vectors(("x", "y"), said.values[[0, 2]]))
+    alone = run({"type": "evaluate_on_prompt_similarity", "vectors": "v.npy", "truth": "t.csv"})
+    beside = run({"type": "evaluate_on_prompt_similarity", "vectors": "v.npy", "truth": "t.csv", "bank": "bank"})
+    assert (alone["R@1"], beside["R@1"]) == (1.0, 0.0)
+    assert alone["mean_cosine"] == beside["mean_cosine"]

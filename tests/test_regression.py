@@ -111,6 +111,20 @@ def test_layers_below_learn_slower() -> None:
         assert factors[bottom] == min(factors.values()) == pytest.approx(0.9 ** (layers + 1))
     steps = [factors[f"tower.visual.transformer.resblocks.{n}.ln_1.weight"] for n in range(12)]
     assert steps == pytest.approx([0.9 ** (12 - n) for n in range(12)])
+    from transformers import AutoModel, ResNetConfig, SwinConfig
+
+    resnet = AutoModel.from_config(ResNetConfig(depths=[2, 2], hidden_sizes=[8, 16], embedding_size=8))
+    factors = {name: layer_factors(resnet, 0.5)[p] for name, p in resnet.named_parameters()}
+    levels = [0.5 ** (4 - number) for number in range(4)]
+    layers = [f"encoder.stages.{s}.layers.{n}.layer" for s in range(2) for n in range(2)]
+    for layer, level in zip(layers, levels, strict=True):
+        assert {f for name, f in factors.items() if name.startswith(layer)} == {level}
+    assert {f for name, f in factors.items() if name.startswith("embedder")} == {0.5**5}
+    swin = AutoModel.from_config(SwinConfig(depths=[1, 1], num_heads=[2, 2], embed_dim=8, image_size=32, window_size=2))
+    factors = {name: layer_factors(swin, 0.5)[p] for name, p in swin.named_parameters()}
+    down = next(f for name, f in factors.items() if "downsample" in name)
+    blocks = [next(f for n, f in factors.items() if n.startswith(f"encoder.layers.{s}.blocks.0")) for s in range(2)]
+    assert blocks[0] < down < blocks[1]
     small = PromptRegressor(build_vision(VisionConfig(name="small")), 8)
     groups = parameter_groups(small, TrainConfig(lr=1.0, lr_vision=0.1, layer_decay=0.5))
     assert sum(len(g["params"]) for g in groups) == len(list(small.parameters()))
@@ -145,7 +159,7 @@ def ensemble(folder: Path, entry: dict[str, Any], **changes: Any) -> Path:
         "train": {"batch_size": 16, "epochs": 12, "lr": 0.003, "warmup": 5, "log_every": 1},
     }
     recipe["data"]["val"] = [entry | {"split": "val"}]
-    (folder / "ensemble.yml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "ensemble.yml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return folder / "ensemble.yml"
 
 
@@ -187,6 +201,42 @@ def test_an_ensemble_learns_from_files_in_any_order(tmp_path: Path) -> None:
     bare = [s.key for s in map(lacking.__getitem__, range(120)) if np.isnan(s.features[1]).all()]
     assert sorted(bare) == sorted(some.ids[100:])
     train.train(config_of(ensemble(tmp_path, entry | {"missing": "mask"}), tmp_path / "masked", "--epochs", "2"))
+    # names that fit nothing else are an error, not a mask
+    write_vectors(tmp_path / "b.npy", Vectors(tuple(f"{name}.png" for name in some.ids), some.values))
+    with pytest.raises(UserError, match=r"no name of '.*b.npy' .n0000.png, .*is one of another source's"):
+        run({**task, "vectors": files})
+    # the order of the sources is the model's
+    turned = entry | {"sources": {name: f"{name}.npy" for name in "bac"}, "missing": "mask"}
+    with pytest.raises(UserError, match=r"the order of sources was \['a', 'b', 'c'\], is \['b', 'a', 'c'\]"):
+        train.train(config_of(ensemble(tmp_path, turned), tmp_path / "masked", "--epochs", "3"))
+    start = str(tmp_path / "masked" / "model_latest.pt")
+    with pytest.raises(UserError, match=r"has the sources \['a', 'b', 'c'\], this run's are \['b', 'a', 'c'\]"):
+        train.train(config_of(ensemble(tmp_path, turned), tmp_path / "other", "--init_from", start))
+    other = entry | {"sources": {"a": "a.npy", "z": "c.npy"}}
+    with pytest.raises(UserError, match=r"regressor.sources.b was 10, is None"):
+        train.train(config_of(ensemble(tmp_path, other), tmp_path / "masked", "--epochs", "3"))
+
+
+def test_records_without_any_source_are_bad_samples(tmp_path: Path) -> None:
+    entry = write_set(tmp_path)
+    for name in entry["sources"]:
+        given = read_vectors(tmp_path / f"{name}.npy")
+        write_vectors(tmp_path / f"{name}.npy", Vectors(tuple(f"{key}.png" for key in given.ids), given.values))
+    recipe = ensemble(tmp_path, entry | {"missing": "mask"})
+    with pytest.raises(UserError, match=r"are unusable, more than --max_bad 0.01: no_source x"):
+        train.train(config_of(recipe, tmp_path / "run"))
+    np.save(tmp_path / "plain.npy", np.zeros((120, 6), np.float32))
+    with pytest.raises(UserError, match=r"plain.npy has no .ids.txt and others have names"):
+        build_source([entry | {"sources": {"a": "plain.npy"}, "missing": "mask"}], tmp_path)
+
+
+def test_answers_and_boxes_are_no_prompts(head: Path, tmp_path: Path) -> None:
+    entry = [{"type": "tsv", "images": "t.img.tsv", "captions": "t.caption.tsv", "questions": "t.question.tsv"}]
+    flags = ["--set", f"data.train={json.dumps(entry)}"]
+    with pytest.raises(
+        UserError, match="'p00' has questions or boxes: a regressor learns what is said of a whole picture"
+    ):
+        train.train(config_of(head, tmp_path / "run", *flags))
 
 
 def test_the_published_recipes_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +257,7 @@ def test_the_published_recipes_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for wrong, message in (
         ({"num_layer": 3}, "unknown key 'num_layer' .did you mean 'num_layers'"),
         ({"embedding_paths": "a.npy"}, "embedding_paths must be a list of .npy files"),
+        ({"num_examples": 10.7}, "num_examples must be a whole number, got 10.7"),
         ({"train_fraction": "most"}, "train_fraction must be a number, got 'most'"),
         ({"gt_path": None}, "gt_path must be a text"),
     ):
@@ -246,6 +297,8 @@ def test_the_published_checkpoint_by_a_switch(tmp_path: Path, caplog: pytest.Log
         (["--regressor", "head", "--region", "roi", "--output_grid"], "nothing to do with: region"),
         (["--regressor", "head", "--freeze", "mapper"], "--freeze mapper: this model's parts are vision, head"),
         (["--regressor", "head", "--fsdp"], "nothing to do with: train.fsdp"),
+        (["--regressor", "head", "--set", "regressor.depth=4"], "nothing to do with: regressor.depth"),
+        (["--regressor", "ensemble", "--set", "regressor.hidden=4"], "nothing to do with: regressor.hidden"),
         (["--regressor", "ensemble", "-iet", "RN50"], "nothing to do with: vision"),
         (["--regressor", "ensemble", "--layer_decay", "0.9"], "nothing to do with: train.layer_decay"),
         (["--layer_decay", "0"], r"layer_decay 0.0 is not in \(0, 1\]"),
@@ -273,7 +326,7 @@ def test_data_of_another_kind(head: Path, tmp_path: Path) -> None:
     told = json.dumps([entry])
     flags = [word for split in ("train", "val") for word in ("--set", f"data.{split}={told}")]
     config = config_of(head, tmp_path / "v", *flags, "--data_dir", str(tmp_path))
-    with pytest.raises(UserError, match="data of type 'vectors' are for --regressor ensemble"):
+    with pytest.raises(UserError, match=r"data of type .vectors. are for --regressor ensemble"):
         train.train(config)
     pictures = [{"type": "tsv", "images": "t.img.tsv", "captions": "t.caption.tsv"}]
     flags = ["--set", f"data.train={json.dumps(pictures)}", "--set", f"data.val={json.dumps(pictures)}"]
@@ -286,6 +339,10 @@ def test_data_of_another_kind(head: Path, tmp_path: Path) -> None:
         ({"truth": None}, "needs either truth .vectors. or prompts"),
         ({"split": "val", "fraction": 1.5}, "fraction 1.5 is not between 0 and 1"),
         ({"sources": {}}, "needs sources"),
+        ({"count": "x"}, "count must be a whole number, got 'x'"),
+        ({"fraction": "x", "split": "val"}, "fraction must be a number, got 'x'"),
+        ({"near": 5}, "near 5 is not from 0 to 1"),
+        ({"truth": 3}, "truth must be a file's name, got 3"),
     ):
         with pytest.raises(UserError, match=message):
             build_source([entry | wrong], tmp_path)

@@ -47,8 +47,13 @@ def read_references(path: str | Path) -> dict[Id, list[str]]:
     return found
 
 
-def read_results(path: str | Path) -> dict[Id, str]:
+def read_results(path: str | Path, failed: dict[str, str] | None = None) -> dict[Id, str]:
     """Return the caption of every image: a prediction TSV or COCO's results JSON.
+
+    Args:
+        path: of the file.
+        failed: gets the records that the batch task could not answer, by key with the reason; None = they are captions,
+            and empty.
 
     Raises:
         UserError: not such a file, an image with no caption or with several.
@@ -64,6 +69,9 @@ def read_results(path: str | Path) -> dict[Id, str]:
             raise UserError(f"row {number} of '{path}' (key '{key}') has {len(said)} captions; a result has one")
         if key in found:
             raise UserError(f"'{path}' has the image '{key}' twice")
+        if failed is not None and "error" in said[0]:
+            failed[str(key)] = str(said[0]["error"])
+            continue
         found[key] = text_of(said[0], "caption", path)
     return found
 

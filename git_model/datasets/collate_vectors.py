@@ -88,4 +88,4 @@ class VectorCollator:
             return []
         if len(item.images) != 1 and item.images[0].ndim > 1:
             raise UserError(f"a regressor takes one picture a record; '{item.key}' has {len(item.images)}")
-        return [torch.tensor(self.vectors.of(t.text)) for t in item.targets if t.text]
+        return [torch.tensor(self.vectors.of(t.text)) for t in item.targets if t.text and not (t.prompt or t.regions)]

@@ -82,7 +82,7 @@ def split_groups(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         if sizes.min() > room:
             raise UserError(
                 f"nothing can be held out: a share of {share:g} is {room} of {len(labels)} rows, "
-                f"and the smallest group of prompts has {sizes.min()}"
+                f"and the smallest group of prompts has {sizes.min()}; from {sizes.min() / len(labels):.4g} on it fits"
             )
         for number in sorted(range(len(names)), key=lambda number: (_digest(f"{seed}:{names[number]}"), number)):
             if sizes[number] <= room:

@@ -79,7 +79,7 @@ class PromptBank:
         """
         queries, k = np.asarray(queries, np.float64), min(k, len(self))
         if k < 1 or queries.ndim != 2 or queries.shape[1] != self.key_width:
-            wanted = f"wanted: 1 or more, (q,{self.key_width})"
+            wanted = f"wanted: 1 or more, of {self.key_width} numbers, as '{self.keys_of}' makes them"
             raise UserError(f"'{self.folder}': {k} rows for queries {queries.shape}; {wanted}")
         sizes = np.linalg.norm(queries, axis=1, keepdims=True)  # (q,1)
         if not (good := np.isfinite(sizes) & (sizes > 0)).all():

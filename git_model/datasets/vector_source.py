@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from git_model.batch import Sample, Target
+from git_model.datasets.files import SampleError
 from git_model.datasets.groups import prompt_groups, split_groups
 from git_model.datasets.prompt_files import read_prompts
 from git_model.datasets.vectors import Vectors, names_path, read_array, read_vectors
@@ -53,8 +54,17 @@ class VectorSource:
         count: int | None = None,
         missing: str = "refuse",
     ) -> None:
-        if not isinstance(sources, Mapping) or not sources:
+        if not isinstance(sources, Mapping) or not sources or not all(isinstance(p, str) for p in sources.values()):
             raise UserError("source 'vectors' needs sources: a mapping of names to .npy files")
+        for name, value, kinds in (
+            ("truth", truth, str), ("prompts", prompts, str), ("count", count, int), ("seed", seed, int),
+            ("fraction", fraction, int | float), ("near", near, int | float),
+        ):  # fmt: skip
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                wanted = {str: "a file's name", int: "a whole number"}.get(kinds, "a number")  # type: ignore[call-overload]
+                raise UserError(f"source 'vectors': {name} must be {wanted}, got {value!r}")
+        if not 0 <= near <= 1:
+            raise UserError(f"source 'vectors': near {near} is not from 0 to 1")
         if (truth is None) == (prompts is None):
             raise UserError("source 'vectors' needs either truth (vectors) or prompts (CSV)")
         if split is not None and split not in SPLITS:
@@ -67,7 +77,10 @@ class VectorSource:
         self.truth = _read(dir / truth) if truth else None
         names = self.truth.ids if self.truth else tuple(self.said_of)
         self.sources = {str(name): _read(dir / str(path)) for name, path in sources.items()}
-        nameless = [path for path in (truth, *sources.values()) if path and not names_path(dir / path).is_file()]
+        files = [path for path in (truth, *sources.values()) if path]
+        nameless = [path for path in files if path.endswith(".npy") and not names_path(dir / path).is_file()]
+        if nameless and (len(nameless) < len(files) or prompts):
+            raise UserError(f"{nameless[0]} has no .ids.txt and others have names: what belongs to what?")
         if nameless and any(len(source.ids) != len(names) for source in self.sources.values()):
             sizes = ", ".join(f"{name} {len(source.ids)}" for name, source in self.sources.items())
             raise UserError(f"{nameless[0]} has no .ids.txt, and the files have not the same number of rows: {sizes}")
@@ -79,6 +92,9 @@ class VectorSource:
             chosen = [name for name, out in zip(chosen, held_out, strict=True) if out == (split == "val")]
         self.ids = chosen
         self.rows = {name: _rows(source, chosen, name, missing) for name, source in self.sources.items()}
+        if bare := {name: int((rows < 0).sum()) for name, rows in self.rows.items() if (rows < 0).any()}:
+            told = ", ".join(f"{name} {number}" for name, number in bare.items())
+            log.warning("of %d records, sources lack and are masked: %s", len(chosen), told)
         self.right = _rows(self.truth, chosen, "truth", "refuse") if self.truth else None
         self.blanks = {name: np.full(width, np.nan, np.float32) for name, width in self.widths.items()}
 
@@ -97,6 +113,8 @@ class VectorSource:
 
     def __getitem__(self, index: int) -> Sample:
         row = {name: int(rows[index]) for name, rows in self.rows.items()}
+        if max(row.values()) < 0:
+            raise SampleError(self.ids[index], "no_source")
         features = tuple(
             source.values[row[name]] if row[name] >= 0 else self.blanks[name] for name, source in self.sources.items()
         )

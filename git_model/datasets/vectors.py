@@ -117,8 +117,10 @@ def read_array(path: Path) -> np.ndarray:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the vectors of '{path}': {error}") from error
-    if values.ndim != 2 or values.dtype.kind != "f":
-        raise UserError(f"'{path}' holds {values.dtype} of shape {values.shape}; vectors are floats (N,F)")
+    if values.ndim != 2 or values.dtype.kind != "f" or not values.size:
+        raise UserError(
+            f"'{path}' holds {values.dtype} of shape {values.shape}; vectors are floats (N,F), at least one"
+        )
     return values.astype(np.float32)
 
 
@@ -182,6 +184,8 @@ def weighted(sources: Mapping[str, Vectors], weights: Mapping[str, float]) -> Ve
     """
     if sources.keys() != weights.keys() or not sources:
         raise UserError(f"weights of {', '.join(weights) or 'nothing'} for sources {', '.join(sources) or 'none'}")
+    if not any(weights.values()):
+        raise UserError(f"weights {dict(weights)} leave nothing of the sources")
     ids = sorted(set().union(*(set(source.ids) for source in sources.values())))
     parts = {name: source.of(ids, name).astype(np.float64) for name, source in sources.items()}
     if len({part.shape for part in parts.values()}) > 1:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+COLUMNS = 8192  # of the bank, compared with at a time
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -16,7 +18,7 @@ class Similarity:
         recall: share of those whose right vector is the nearest of the bank: all right ones and others.
         mean_vector: mean cosine that one and the same vector would get, the mean of the right ones (what guessing gives
             to somebody who has seen all the answers) or of the vectors that were given to guess by.
-        nearest: (N,) number of the nearest in the bank; the right ones come first.
+        nearest: (N,) number of the nearest in the bank, the right ones first; -1 of a vector without length.
     """
 
     cosines: np.ndarray
@@ -75,14 +77,20 @@ def similarity(
         raise ValueError(f"{predicted.shape} vectors beside {right.shape}")
     wanted = unit(right)
     bank = wanted if others is None else np.concatenate([wanted, unit(others)])  # (N+M,F)
-    nearest, found = np.empty(len(right), np.int64), 0
+    nearest = np.empty(len(right), np.int64)
     for start in range(0, len(right), block):
-        scores = np.round(unit(predicted[start : start + block]) @ bank.T, 9)  # (b,N+M); the same prompt twice is a tie
-        best, rows = scores.argmax(axis=1), np.arange(len(scores))  # (b,)
-        own = scores[rows, start + rows]
-        best = np.where(scores[rows, best] <= own, start + rows, best)
-        nearest[start : start + block] = best
-        found += int((best == start + rows).sum())
+        given = unit(predicted[start : start + block])  # (b,F)
+        rows = np.arange(start, start + len(given))
+        # the same prompt twice is a tie, which the right one wins; nothing is like a vector of no length
+        best = np.round((given * wanted[rows]).sum(axis=1), 9)  # (b,)
+        row = np.where(np.linalg.norm(given, axis=1) > 0, rows, -1)
+        for first in range(0, len(bank), COLUMNS):
+            scores = np.round(given @ bank[first : first + COLUMNS].T, 9)  # (b,c)
+            top = scores.argmax(axis=1)
+            score = scores[np.arange(len(given)), top]
+            row, best = np.where(score > best, first + top, row), np.maximum(score, best)
+        nearest[rows] = row
+    found = int((nearest == np.arange(len(right))).sum())
     mean = (wanted if guess is None else unit(guess)).mean(axis=0, keepdims=True)
     guessed = float((unit(mean) * wanted).sum(axis=1).mean())
     return Similarity(cosines(predicted, right), found / len(right), guessed, nearest)

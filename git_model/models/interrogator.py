@@ -8,6 +8,7 @@ the true minimum, the reverse chain compares like with like, and nothing grows b
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, takewhile
@@ -33,6 +34,7 @@ LEAST = 8  # phrases that a chain takes even if they do not help
 INTERMEDIATE = 2048  # candidates of a chain
 ROWS = 64  # pictures ranked at once: a row has a number for each of a hundred thousand phrases
 ROOM = 2**24  # about how many numbers are kept of texts seen before
+log = logging.getLogger(__name__)
 PACKAGE = "clip_interrogator"
 SITES = (
     "Artstation", "behance", "cg society", "cgsociety", "deviantart", "dribble", "flickr", "instagram", "pexels",
@@ -44,15 +46,13 @@ SITES = (
 class Lists:
     """Phrases by what they tell, ready for a prompt; an empty list is left out of it."""
 
-    artists: tuple[str, ...] = ()
-    """'by X' and 'inspired by X'."""
+    artists: tuple[str, ...] = ()  # 'by X' and 'inspired by X'
     flavors: tuple[str, ...] = ()
     mediums: tuple[str, ...] = ()
     movements: tuple[str, ...] = ()
     trendings: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
-    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Any other lists, by name."""
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # any other lists, by name
 
 
 def read_lists(folder: str | None) -> Lists:
@@ -72,10 +72,8 @@ def read_lists(folder: str | None) -> Lists:
     places = [Path(place) / "data" for place in (spec.submodule_search_locations or ())] if spec else []
     data = next((place for place in places if place.is_dir()), None)
     if data is None:
-        raise UserError(
-            "the lists of phrases are not here: pip install --no-deps clip-interrogator, or give a folder with files "
-            "such as artists.txt, flavors.txt and mediums.txt"
-        )
+        told = "pip install --no-deps clip-interrogator, or give a folder with artists.txt, flavors.txt, mediums.txt..."
+        raise UserError(f"the lists of phrases are not here: {told}")
     lists = _lists_in(data)
     said = ("{}", "trending on {}", "featured on {}", "{} contest winner")
     return replace(lists, trendings=lists.trendings or tuple(how.format(site) for how in said for site in SITES))
@@ -89,7 +87,10 @@ def _lists_in(folder: Path) -> Lists:
         raise UserError(f"no list in '{folder}': it needs files such as artists.txt, flavors.txt or mediums.txt")
     found = {file.stem: tuple(read_phrases(str(file))) for file in files}
     known = {name: found.pop(name, ()) for name in (*MERGED, "negative")}
-    known["artists"] = tuple(f"{how} {name}" for how in ("by", "inspired by") for name in known["artists"])
+    artists = known["artists"]
+    known["artists"] = tuple(f"{how} {a.removeprefix('by ')}" for how in ("by", "inspired by") for a in artists)
+    if lacking := [name for name, phrases in known.items() if not phrases and name != "trendings"]:
+        log.info("%s: no %s; prompts go without", folder, ", ".join(f"{name}.txt" for name in lacking))
     return Lists(**known, own=found)
 
 

@@ -54,6 +54,10 @@ class SentenceEncoder:
                 self.model = SentenceTransformer(name, device=device, trust_remote_code=False)
             except Exception as error:  # whatever the readers of model files say of a bad one
                 raise UserError(f"cannot load the sentence encoder '{name}': {str(error).splitlines()[0]}") from error
+        try:
+            self.model.encode(["a"], show_progress_bar=False)
+        except Exception as error:  # a model of pictures, which loads all the same
+            raise UserError(f"'{name}' encodes no texts: {str(error).splitlines()[0]}") from error
         self.dim = int(self.model.get_embedding_dimension() or 0)  # F
         self.config: Any = getattr(getattr(self.model[0], "auto_model", None), "config", None)  # of transformers
 

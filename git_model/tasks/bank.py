@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from git_model.datasets.kept import kept, version_of
 from git_model.errors import UserError
 from git_model.models.phrases import PhraseBank, TwoTowers
+
+BLOCK = 1024  # phrases between two movements of the bar
 
 
 def kept_bank(phrases: Sequence[str], towers: TwoTowers, folder: Path) -> PhraseBank:
@@ -24,4 +28,11 @@ def kept_bank(phrases: Sequence[str], towers: TwoTowers, folder: Path) -> Phrase
     if not (distinct := list(dict.fromkeys(phrases))):
         raise UserError("a list of phrases is empty")
     made_of = [towers.name, version_of(towers.name, towers.model.config), *distinct]
-    return PhraseBank(distinct, towers, kept(folder, made_of, len(distinct), lambda: towers.texts(distinct)))
+
+    def make() -> np.ndarray:
+        from tqdm import tqdm
+
+        starts = tqdm(range(0, len(distinct), BLOCK), unit="block", desc=f"encoding {len(distinct):,} phrases once")
+        return np.concatenate([towers.texts(distinct[start : start + BLOCK]) for start in starts])
+
+    return PhraseBank(distinct, towers, kept(folder, made_of, len(distinct), make))

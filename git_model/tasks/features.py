@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from git_model.datasets.features import FeatureStore
     from git_model.datasets.sources import Source
     from git_model.datasets.vectors import Vectors
+
+
+log = logging.getLogger(__name__)
 
 
 def encode_features(
@@ -34,7 +38,7 @@ def encode_features(
 
     image_encoder_type, images: without a recipe: which encoder (its pooled features), and a folder of pictures.
     out: <name>.npy: the features (several tokens averaged), with the records' names in <name>.ids.txt: a source for an
-        ensemble. Pictures that cannot be read are left out and told.
+        ensemble. Pictures that cannot be read are left out and told. Written by one process, after all parts.
     feature_store: default: the recipe's (data.feature_store); without a recipe one in this user's cache.
     """
     from git_model.config import Config
@@ -49,8 +53,10 @@ def encode_features(
     if out is not None:
         check_npy(out)
         refuse_overwriting(out, config)
-        if share.parts:
-            raise UserError("out is written when all parts are done: run it once more without part and parts")
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        if share.place()[1] > 1:
+            how = "run it once more, on one process, without part and parts"
+            raise UserError(f"out is written when all pictures are encoded: {how}")
     if config is not None:
         run = from_dict(Config, read_yaml(Path(config)))
         where = feature_store or run.data.feature_store
@@ -73,19 +79,19 @@ def encode_features(
     from git_model.training import training_data
     from git_model.validation import eval_data
 
+    if run.vision.name == "small":
+        log.warning("'small' is trained from nothing: without a checkpoint its features are those of random weights")
     torch.manual_seed(run.train.seed)  # as train.py does: a small encoder starts from it
     vision = build_vision(run.vision)
     make = training_data if source == "train" else eval_data
     pictures = make(run, records, vision.resolution)
-    store = open_store(run, vision, pictures, source)
+    store = open_store(run, vision, pictures, source, everything=out is not None)
     encode_once(store, run, vision, pictures, torch.device(pick_device(device)), (rank, world))
     if rank > 0 and not share.parts:
         return None
     told: dict[str, Any] = {"feature_store": str(store.folder), "pictures": len(store), "bytes": store.bytes}
     told |= {"part": rank, "parts": world, "files": store.files, "missing": len(store.missing())}
     if out is not None:
-        if told["missing"]:
-            raise UserError(f"{told['missing']} files of {store.folder} are other processes' and not there yet")
         from git_model.datasets.vectors import write_vectors
 
         found, failed = stored_vectors(store, records)

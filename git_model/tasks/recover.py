@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
 from git_model.tasks.options import BatchOptions, SearchOptions, check_model_path
+from git_model.tasks.prompt import check_there
 from git_model.tasks.values import Range
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class RecoveryOptions:
     mode: Mode = "classic_lite"
     model_path: str | None = None
     suffix: str = ""
-    towers: str = "ViT-L/14"
+    towers: str | None = None
     lists: str | None = None
     flavors: Annotated[int, Range(1, 1000)] | None = None
     intermediate: Annotated[int, Range(1, 1000000)] = 2048
@@ -45,6 +46,12 @@ class RecoveryOptions:
             raise UserError(f"mode '{self.mode}' uses no caption: leave out model_path")
         if (self.mode == "nearest") != (self.bank is not None):
             raise UserError("mode 'nearest' and bank (a folder of make_prompt_bank) belong together")
+        for name, given in (("lists", self.lists), ("flavors", self.flavors), ("towers", self.towers)):
+            if given is not None and (self.mode == "caption" or (self.mode == "nearest" and name != "towers")):
+                raise UserError(f"{name} has no part in mode '{self.mode}'")
+        if self.lists is not None and not Path(self.lists).is_dir():
+            raise UserError(f"no folder of lists at '{self.lists}'")
+        check_there(bank=self.bank)
         if self.suffix and self.mode != "caption":
             raise UserError(f"suffix is for mode 'caption', not '{self.mode}'")
         if self.model_path is not None:
@@ -69,7 +76,7 @@ def image_to_prompt(
     model_path: checkpoint, or a Hugging Face image-to-text model.
     lists: folder of artists.txt, flavors.txt, mediums.txt, movements.txt, trendings.txt, negative.txt and lists of your
         own; default: those of the package clip-interrogator (pip install --no-deps clip-interrogator).
-    towers: model of pictures and texts that says what is near (a bank brings its own).
+    towers: model of pictures and texts that says what is near; default: ViT-L/14, or what made the bank.
     flavors: how many phrases; intermediate: candidates of 'best' and 'negative'.
     """
     if (image_path is None) == (image_tsv is None):
@@ -77,9 +84,11 @@ def image_to_prompt(
     folder = image_path is not None and Path(image_path).is_dir()
     if (folder or image_tsv) and out_tsv is None:
         raise UserError("a folder's or a TSV's prompts go into a file: name out_tsv")
-    if out_tsv is not None and not (folder or image_tsv):
+    if out_tsv is not None and not (folder or image_tsv) and Path(str(image_path)).exists():
         raise UserError("out_tsv is for a folder or a TSV of pictures; a single picture's prompt is printed")
     recovery.check()
+    if image_path is not None and not Path(image_path).exists():
+        raise UserError(f"no picture or folder at '{image_path}'")
     if search.answer_list:
         raise UserError("answer_list is for answers; a prompt is none")
     if not (folder or image_tsv):
@@ -145,7 +154,7 @@ class Recoverer:
             from git_model.models.phrases import TwoTowers
 
             self.bank = PromptBank(str(options.bank))
-            self.towers = TwoTowers(self.bank.keys_of, place)
+            self.towers = TwoTowers(options.towers or self.bank.keys_of, place)
         elif options.mode != "caption":
             from git_model.datasets.kept import cache_folder
             from git_model.models.interrogator import Interrogator, read_lists
@@ -153,7 +162,7 @@ class Recoverer:
             from git_model.tasks.bank import kept_bank
 
             lists = read_lists(options.lists)
-            towers = TwoTowers(options.towers, place)
+            towers = TwoTowers(options.towers or "ViT-L/14", place)
             keep = cache_folder() / "phrases"
             self.interrogator = Interrogator(
                 towers, lists, lambda phrases: kept_bank(phrases, towers, keep), options.intermediate

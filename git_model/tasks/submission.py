@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from git_model.errors import UserError
-from git_model.tasks.prompt import ENCODER, read_texts
+from git_model.tasks.prompt import ENCODER, check_there, read_texts
 
 if TYPE_CHECKING:
     from git_model.datasets.vectors import Vectors
@@ -44,6 +44,8 @@ def score_submission(
     *,
     submission: str,
     truth: str,
+    baseline: str | None = None,
+    subset: bool = False,
     text_encoder: str = ENCODER,
     outfile: str | None = None,
     device: str = "auto",
@@ -52,10 +54,10 @@ def score_submission(
 
     submission: .csv, or <name>.npy with its names.
     truth: prompts (CSV), which are encoded, or vectors (.npy, a submission).
+    baseline, subset: see evaluate_on_prompt_similarity.
     """
-    return evaluate_on_prompt_similarity(
-        vectors=submission, truth=truth, text_encoder=text_encoder, outfile=outfile, device=device
-    )
+    more: dict[str, Any] = {"text_encoder": text_encoder, "outfile": outfile, "device": device}
+    return evaluate_on_prompt_similarity(vectors=submission, truth=truth, baseline=baseline, subset=subset, **more)
 
 
 def evaluate_on_prompt_similarity(
@@ -65,6 +67,7 @@ def evaluate_on_prompt_similarity(
     weights: dict[str, float] | None = None,
     bank: str | None = None,
     baseline: str | None = None,
+    subset: bool = False,
     text_encoder: str = ENCODER,
     outfile: str | None = None,
     device: str = "auto",
@@ -73,40 +76,52 @@ def evaluate_on_prompt_similarity(
 
     vectors: <name>.npy or a submission (.csv); or several sources, each of which is scored, and their weighted sum.
     truth: prompts (CSV, TSV), which are encoded, or vectors (.npy, a submission); every name of it needs a vector.
-    weights: of the sources; see write_submission.
-    bank: more prompts (CSV) or vectors that R@1 chooses among, beside the right ones of all.
+    weights: of the sources; see write_submission. Without, sources of other names are scored each for itself.
+    bank: more prompts, vectors, or a bank (make_prompt_bank) that R@1 chooses among, beside the right ones of all.
     baseline: vectors or prompts of the training set, whose mean is the guess that every score stands beside; default:
         the mean of the right ones, which only somebody who has seen the answers could guess.
+    subset: score the names of truth alone, where there are vectors of more.
     outfile: JSON with the figures and, picture by picture, the cosine and whose prompt is the nearest.
     """
     from git_model.datasets.files import refuse_overwriting, write_all
     from git_model.metrics.similarity import similarity
 
-    joined, used, parts = joined_of(vectors, weights)
+    check_there(*([vectors] if isinstance(vectors, str) else vectors.values()))
+    for path in (truth, bank, baseline):
+        if path is not None and not Path(path).exists():
+            raise UserError(f"no file '{path}'")
+    if outfile is not None:
+        given = [vectors] if isinstance(vectors, str) else vectors.values()
+        refuse_overwriting(outfile, truth, bank, baseline, *given)
+        Path(outfile).parent.mkdir(parents=True, exist_ok=True)
+    alone = weights is None and not isinstance(vectors, str) and len(vectors) > 1 and vectors.keys() != WEIGHTS.keys()
+    if alone and outfile is not None:
+        raise UserError("outfile needs weights of these sources: it tells of their sum")
+    joined, used, parts = joined_of(vectors, dict.fromkeys(vectors, 1.0) if alone else weights)
     right = vectors_of(truth, text_encoder, device)
     others = vectors_of(bank, text_encoder, device).values if bank else None
     guess = vectors_of(baseline, text_encoder, device).values if baseline else None
     shown = vectors if isinstance(vectors, str) else "the sources"
 
     def scored(given: Vectors, what: str) -> Any:
-        if extra := set(given.ids) - set(right.ids):
-            raise UserError(f"{what}: {len(extra)} names that {truth} does not have, such as {min(extra)}")
+        if (extra := set(given.ids) - set(right.ids)) and not subset:
+            told = f"{len(extra)} names that {truth} does not have, such as {min(extra)}"
+            raise UserError(f"{what}: {told}; 'subset': true scores the others")
         return similarity(given.of(right.ids, what), right.values, others=others, guess=guess)
 
     for what, array in ((shown, joined.values), (bank, others), (baseline, guess)):
         if array is not None and array.shape[1] != right.values.shape[1]:
             raise UserError(f"{what} has {array.shape[1]} numbers a vector, {truth} {right.values.shape[1]}")
+    if alone:
+        return {"sources": {name: scored(part, name).figures() for name, part in parts.items()}}
     found = scored(joined, shown)
     told: dict[str, Any] = found.figures()
     if not isinstance(vectors, str):
         told |= {"weights": used, "sources": {name: scored(part, name).figures() for name, part in parts.items()}}
     if outfile is not None:
-        given = [vectors] if isinstance(vectors, str) else vectors.values()
-        refuse_overwriting(outfile, truth, bank, baseline, *given)
         names = [right.ids[row] if row < len(right.ids) else None for row in found.nearest.tolist()]
         listed = zip(right.ids, found.cosines.tolist(), names, strict=True)
         images = [{"key": key, "cosine": cosine, "nearest": name} for key, cosine, name in listed]
-        Path(outfile).parent.mkdir(parents=True, exist_ok=True)
         write_all([(Path(outfile), [json.dumps({**told, "images": images}, indent=1).encode()])])
     return told
 
@@ -124,8 +139,10 @@ def fit_weights(
     vectors: {regressor: a.npy, interrogated: b.npy, ...}, with all names.
     truth: prompts (CSV) or vectors, of all names.
     train: CSV of prompts (as split_prompts writes) or file of vectors, whose names are the training split; the scores
-        on it and on the names that are not in it are told apart.
+        on it and on the names that are not in it are told apart. A source that was trained on these names is nearer
+        there than anywhere else: fit on names that none of them has learnt.
     """
+    check_there(train, *vectors.values())
     import numpy as np
 
     from git_model.datasets.prompt_files import read_prompts
@@ -134,10 +151,11 @@ def fit_weights(
 
     right = vectors_of(truth, text_encoder, device)
     names = read_prompts(Path(train)) if train.endswith(".csv") else read_vectors(Path(train)).ids
-    if unknown := [name for name in names if name not in set(right.ids)]:
+    known = set(right.ids)
+    if unknown := [name for name in names if name not in known]:
         raise UserError(f"{train}: {len(unknown)} names that {truth} does not have, such as {unknown[0]}")
     inside = sorted(names)
-    outside = sorted(set(right.ids) - set(inside))
+    outside = sorted(known - set(inside))
     sources = {name: read_vectors(Path(path)) for name, path in vectors.items()}
     columns = [source.of(inside, name).astype(np.float64).ravel() for name, source in sources.items()]
     wanted = unit(right.of(inside, truth)).ravel()
@@ -170,8 +188,11 @@ def default_weights(sources: dict[str, str]) -> dict[str, float]:
     """Return 1 for a single source, the published weights for the three of those names; else raises UserError."""
     if len(sources) == 1:
         return dict.fromkeys(sources, 1.0)
+    if not sources:
+        raise UserError("vectors names no source")
     if sources.keys() != WEIGHTS.keys():
-        raise UserError(f"weights are needed for {', '.join(sources)}; those known are of {', '.join(WEIGHTS)}")
+        told = f"the published ones are for all of {', '.join(WEIGHTS)}; fit_weights finds others"
+        raise UserError(f"weights are needed for {', '.join(sources)}: {told}")
     return dict(WEIGHTS)
 
 
@@ -181,7 +202,13 @@ def vectors_of(path: str, text_encoder: str, device: str = "auto") -> Vectors:
     from git_model.models.text import SentenceEncoder
     from git_model.tasks.opening import pick_device
 
-    texts: dict[str, str] | None = read_texts(path) if path.endswith((".tsv", ".json")) else None
+    if Path(path).is_dir():
+        from git_model.datasets.neighbours import PromptBank
+
+        bank = PromptBank(path)
+        return Vectors(tuple(map(str, range(len(bank)))), bank.values(range(len(bank))))
+    check_there(path)
+    texts: dict[str, str] | None = read_texts(path) if path.endswith((".tsv", ".json", ".parquet")) else None
     if path.endswith(".csv"):
         try:
             with Path(path).open(encoding="utf-8-sig") as file:
