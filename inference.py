@@ -19,7 +19,8 @@ from git_model.tasks.registry import TASKS, Task, describe, run
 def run_command(argv: Sequence[str], tasks: Mapping[str, Task]) -> None:
     """Read the command line, run the task, print its result."""
     lines = argparse.RawDescriptionHelpFormatter
-    parser = Parser("inference.py", None, __doc__, describe(tasks), formatter_class=lines, allow_abbrev=False)
+    told = {name: tasks[name] for name in argv if name in tasks} or tasks  # --help TYPE tells of that one
+    parser = Parser("inference.py", None, __doc__, describe(told), formatter_class=lines, allow_abbrev=False)
     parser.add_argument("-p", metavar="PARAMS", default="", help="a YAML mapping: 'type' and the task's keys")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     params = parse_params(parser.read(argv).p, tasks)

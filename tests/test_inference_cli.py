@@ -280,6 +280,9 @@ def test_help_teaches_every_task(root: Path) -> None:
     for name, task in TASKS.items():
         assert f"'type': '{name}'" in done.stdout
         assert all(f"      {key} " in done.stdout for key in keys_of(task))
+    one = finish([sys.executable, str(root / "inference.py"), "--help", "embed_prompt"]).stdout
+    assert "'type': 'embed_prompt'" in one
+    assert "'type': 'demo'" not in one
     assert describe({"paint": paint}).splitlines()[:6] == [
         "'type': 'paint'",
         "    Return what it was asked for.",
