@@ -46,7 +46,7 @@ def encode_features(
     from git_model.datasets.kept import cache_folder
     from git_model.datasets.sources import build_source
     from git_model.schema import from_dict, read_yaml
-    from git_model.tasks.prompt import check_npy
+    from git_model.tasks.prompt_inputs import check_npy
 
     if (config is None) == (image_encoder_type is None) or (image_encoder_type is None) != (images is None):
         raise UserError("encode_features needs either config (a recipe), or image_encoder_type and images (a folder)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from git_model.errors import EXIT_TOO_MANY_BAD, UserError
-from git_model.tasks.prompt import read_texts, unique
+from git_model.tasks.prompt_inputs import read_texts, unique
 
 if TYPE_CHECKING:
     import numpy as np

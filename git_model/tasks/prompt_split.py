@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from git_model.errors import UserError
-from git_model.tasks.prompt import ENCODER
+from git_model.tasks.prompt_inputs import ENCODER
 from git_model.tasks.values import Range
 
 HEADER = ("image", "prompt")

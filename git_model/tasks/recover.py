@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from git_model.errors import UserError
 from git_model.tasks.options import BatchOptions, SearchOptions, check_model_path
-from git_model.tasks.prompt import check_there
+from git_model.tasks.prompt_inputs import check_there
 from git_model.tasks.values import Range
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from git_model.errors import UserError
-from git_model.tasks.prompt import ENCODER, check_there, read_texts
+from git_model.tasks.prompt_inputs import ENCODER, check_there, read_texts
 
 if TYPE_CHECKING:
     from git_model.datasets.vectors import Vectors
