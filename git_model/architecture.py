@@ -37,6 +37,12 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def at_least_one(settings: Any, where: str, *names: str) -> None:
+    """Raise UserError where one of the named numbers of some settings is below 1."""
+    for name in names:
+        check(getattr(settings, name) >= 1, f"{where}.{name} {getattr(settings, name)} is below 1")
+
+
 def choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
     """Raise UserError where `got` is none of the allowed values; names the nearest."""
     if got not in allowed:
@@ -111,8 +117,7 @@ class MapperConfig:
         if self.type == "None":  # the original's spelling
             object.__setattr__(self, "type", "none")
         choice("mapper.type (-mpt)", self.type, tuple(MAPPER_FEATURES))
-        for name in ("tokens", "depth", "heads"):
-            check(getattr(self, name) >= 1, f"mapper.{name} {getattr(self, name)} is below 1")
+        at_least_one(self, "mapper", "tokens", "depth", "heads")
         check(0 <= self.dropout < 1, f"mapper.dropout {self.dropout} is not in [0, 1)")
 
 
@@ -141,8 +146,7 @@ class RegionConfig:
 
     def __post_init__(self) -> None:
         choice("region.mode (--region)", self.mode, REGION_MODES)
-        for name in ("cells", "queries", "width", "depth", "heads"):
-            check(getattr(self, name) >= 1, f"region.{name} {getattr(self, name)} is below 1")
+        at_least_one(self, "region", "cells", "queries", "width", "depth", "heads")
         check(self.width % self.heads == 0, f"region.width {self.width} is no multiple of heads {self.heads}")
         check(self.width % 2 == 0, f"region.width {self.width} is not even")
         told = f"region.warm_start is for --region query, not {self.mode}"
@@ -168,8 +172,7 @@ class SmallLanguageConfig:
 
     def __post_init__(self) -> None:
         choice("language.small.architecture", self.architecture, ("gpt2", "opt", "llama"))
-        for name in ("width", "depth", "heads"):
-            check(getattr(self, name) >= 1, f"language.small.{name} {getattr(self, name)} is below 1")
+        at_least_one(self, "language.small", "width", "depth", "heads")
         check(self.vocab_size >= 257, f"language.small.vocab_size {self.vocab_size} is below 257 (bytes and the end)")
         check(0 <= self.dropout < 1, f"language.small.dropout {self.dropout} is not in [0, 1)")
         check(self.positions >= 16, f"language.small.positions {self.positions} is below 16")
@@ -252,8 +255,7 @@ class RegressorConfig:
 
     def __post_init__(self) -> None:
         choice("regressor.type (--regressor)", self.type, tuple(REGRESSORS))
-        for name in ("dim", "width", "depth", "heads"):
-            check(getattr(self, name) >= 1, f"regressor.{name} {getattr(self, name)} is below 1")
+        at_least_one(self, "regressor", "dim", "width", "depth", "heads")
         check(self.hidden >= 0, f"regressor.hidden {self.hidden} is below 0")
         check(self.width % self.heads == 0, f"regressor.width {self.width} is no multiple of heads {self.heads}")
         check(0 <= self.dropout < 1, f"regressor.dropout {self.dropout} is not in [0, 1)")

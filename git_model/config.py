@@ -19,6 +19,7 @@ from git_model.architecture import (
     RegionConfig,
     RegressorConfig,
     VisionConfig,
+    at_least_one,
     check,
     choice,
 )
@@ -154,15 +155,9 @@ class TrainConfig:
         choice("train.precision", self.precision, ("fp32", "fp16", "bf16"))
         choice("train.resume", self.resume, ("auto", "no"))
         choice("train.report_to", self.report_to, ("none", "tensorboard", "wandb"))
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "validate_samples",
-            "max_bad_steps",
-        ):
-            check(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} is below 1")
+        at_least_one(
+            self, "train", "epochs", "batch_size", "accumulation", "log_every", "validate_samples", "max_bad_steps"
+        )
         for name in ("lr", "lr_vision", "lr_mapper", "lr_language"):
             rate = getattr(self, name)
             check(rate is None or rate > 0, f"train.{name} {rate} is not above 0 (--freeze stops a part)")
@@ -239,11 +234,9 @@ class Config:
         given += [f"data.{n}" for n in ("group_by_length", "captions") if getattr(data, n)]
         switched = ("fsdp", "gradient_checkpointing", "label_smoothing", "lr_mapper", "lr_language")
         given += [f"train.{n}" for n in switched if getattr(train, n)]
-        plain, own = (
-            RegressorConfig(),
-            ("hidden",) if kind == "ensemble" else ("width", "depth", "heads", "dropout", "sources"),
-        )
-        given += [f"regressor.{n}" for n in own if getattr(self.regressor, n) != getattr(plain, n)]
+        plain, foreign = RegressorConfig(), {"head": ("width", "depth", "heads", "dropout", "sources")}
+        unread = foreign.get(kind, ("hidden",))
+        given += [f"regressor.{n}" for n in unread if getattr(self.regressor, n) != getattr(plain, n)]
         told = "data.train is given and data.val is not: name what a validation looks at, e.g. the same with split: val"
         check(data.train == DataConfig().train or data.val != DataConfig().val, told)
         if kind == "ensemble":

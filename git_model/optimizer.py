@@ -69,7 +69,7 @@ def layer_factors(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]
         if layer:
             level = order[layer]
         top = name.endswith(".proj") or (not layer and level > 0)
-        factors[parameter] = decay ** (len(order) + 1 - (len(order) + 1 if top else order.get(layer, 0)))
+        factors[parameter] = 1.0 if top else decay ** (len(order) + 1 - order.get(layer, 0))
     return factors
 
 

@@ -133,7 +133,12 @@ class VectorSource:
 
 
 def _read(path: Path) -> Vectors:
-    """Read vectors; rows of a file without names are named by their numbers."""
+    """Read vectors, once for all sources of a run; rows of a file without names are named by their numbers."""
+    return _read_once(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_once(path: Path, _time: int) -> Vectors:
     if path.suffix == ".npy" and not names_path(path).is_file():
         values = read_array(path)
         return Vectors(tuple(f"{row:09d}" for row in range(len(values))), values)
@@ -153,16 +158,13 @@ def _chosen(names: Sequence[str], count: int | None, named: bool) -> list[str]:
 def _held_out(path: Path, _time: int, names: tuple[str, ...], fraction: float, seed: int, near: float) -> list[bool]:
     if not 0 < fraction < 1:
         raise UserError(f"source 'vectors': fraction {fraction} is not between 0 and 1")
-    vectors = _read(path).of(names, "truth")
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    labels = prompt_groups(names, vectors / np.where(length > 0, length, 1), near)
+    labels = prompt_groups(names, _read(path).of(names, "truth"), near)
     return split_groups(labels, 1 - fraction, seed).tolist()
 
 
 def _rows(source: Vectors, names: Sequence[str], what: str, missing: str) -> np.ndarray:
     """Return each name's row, -1 where there is none and that is allowed."""
-    place = {name: row for row, name in enumerate(source.ids)}
-    rows = np.array([place.get(name, -1) for name in names], np.int64)
+    rows = source.rows(names)
     if missing == "refuse" and (rows < 0).any():
         told = f"{int((rows < 0).sum())} of {len(names)} names have no vector, such as {names[int(np.argmin(rows))]}"
         raise UserError(f"{what}: {told}" + "; 'missing': 'mask' does without them" * (what != "truth"))

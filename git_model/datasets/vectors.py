@@ -55,11 +55,16 @@ class Vectors:
         Raises:
             UserError: a name that has none.
         """
-        place = {name: row for row, name in enumerate(self.ids)}
-        if missing := [name for name in ids if name not in place]:
+        rows = self.rows(ids)
+        if missing := [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
             some = ", ".join(missing[:3])
             raise UserError(f"{what}: {len(missing)} of {len(ids)} names have no vector, such as {some}")
-        return self.values[[place[name] for name in ids]]
+        return self.values[rows]
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """Return the row of each name, (n,) int64; -1 of one that has none."""
+        place = {name: row for row, name in enumerate(self.ids)}
+        return np.array([place.get(name, -1) for name in ids], np.int64)
 
     def sorted(self) -> Vectors:
         """Return the same in the order of the names."""

@@ -1,4 +1,4 @@
-"""Vectors of phrases, kept between runs: some lists have a hundred thousand phrases."""
+"""Banks that tasks open: phrases with vectors that are kept between runs; prompts, with what compares them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from git_model.datasets.kept import kept, version_of
+from git_model.datasets.neighbours import PromptBank
 from git_model.errors import UserError
 from git_model.models.phrases import PhraseBank, TwoTowers
 
@@ -36,3 +37,18 @@ def kept_bank(phrases: Sequence[str], towers: TwoTowers, folder: Path) -> Phrase
         return np.concatenate([towers.texts(distinct[start : start + BLOCK]) for start in starts])
 
     return PhraseBank(distinct, towers, kept(folder, made_of, len(distinct), make))
+
+
+def open_bank(folder: str, towers: str | None, device: str) -> tuple[PromptBank, TwoTowers]:
+    """Return a bank of prompts and the model that its pictures are compared by.
+
+    Args:
+        folder: of the bank.
+        towers: where that model is now; None = where it was when the bank was made.
+        device: where it runs.
+
+    Raises:
+        UserError: no such bank or model.
+    """
+    bank = PromptBank(folder)
+    return bank, TwoTowers(towers or bank.keys_of, device)

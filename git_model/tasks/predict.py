@@ -65,11 +65,9 @@ class Looked:
             self.model = model.to(self.device)
             self.prepare: Callable[[bytes], Any] = Transform(model.vision.resolution, config.data.resize)
         else:
-            from git_model.datasets.neighbours import PromptBank
-            from git_model.models.phrases import TwoTowers
+            from git_model.tasks.bank import open_bank
 
-            self.bank = PromptBank(str(bank))
-            self.towers = TwoTowers(towers or self.bank.keys_of, self.device)
+            self.bank, self.towers = open_bank(str(bank), towers, self.device)
             self.prepare = decode_image
 
     def __call__(self, pictures: list[Any]) -> np.ndarray:
@@ -96,20 +94,19 @@ def of_pictures(
         UserError: no such folder or file, or more unusable pictures than `max_bad` (exit code 3).
     """
     import numpy as np
-    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from git_model.datasets.asking import AskRows, FolderRows
     from git_model.datasets.prompt_files import picture_name
     from git_model.datasets.vectors import Vectors
+    from git_model.tasks.tsv import chunks
 
     rows: Any = AskRows(Path(images), None, prepare) if images.endswith(".tsv") else FolderRows(Path(images), prepare)
     if isinstance(rows, FolderRows):
         unique([picture_name(key) for key in rows.keys])
     names, found, failed = [], [], dict[str, str]()
-    loader = DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=_listed)
     with tqdm(total=len(rows), unit="image", desc="looking at pictures") as bar:
-        for some in loader:
+        for some in chunks(rows, range(len(rows)), workers, batch_size):
             good: list[AskRow] = [row for row in some if not row.error]
             failed |= {row.key: row.error for row in some if row.error}
             if good:
@@ -118,10 +115,6 @@ def of_pictures(
             bar.update(len(some))
     check_failed(failed, len(rows), max_bad, "pictures")
     return Vectors(tuple(names), np.concatenate(found)), failed
-
-
-def _listed(rows: list[AskRow]) -> list[AskRow]:
-    return rows
 
 
 def by_bank(vectors: dict[str, str], bank: str, nearest: int) -> Vectors:
@@ -167,8 +160,7 @@ def fused(
     ids = sorted(set().union(*(source.ids for source in given.values())))
     arrays, missing = [], np.zeros((len(ids), len(widths)), bool)
     for number, name in enumerate(widths):
-        rows = {key: row for row, key in enumerate(given[name].ids)}
-        there = np.array([rows.get(key, -1) for key in ids])
+        there = given[name].rows(ids)
         missing[:, number] = there < 0
         arrays.append(torch.from_numpy(given[name].values[there]))  # what stands for a missing one does not matter
     lacks = {name: int(missing[:, number].sum()) for number, name in enumerate(widths)}

@@ -123,15 +123,11 @@ def image_to_prompt(
         def answered(some: list[AskRow]) -> dict[int, Done]:
             good = [row for row in some if not row.error]
             texts = dict(zip((row.row for row in good), recover([row.picture for row in good]), strict=True))
-            cells = {row.row: {"caption": texts.get(row.row, "")} for row in some}
-            return {
-                row.row: Done(
-                    (row.key, json_cell([cells[row.row] | ({"error": row.error} if row.error else {})])),
-                    row.error,
-                    row.detail,
-                )
-                for row in some
-            }
+            told = {}
+            for row in some:
+                record = {"caption": texts.get(row.row, "")} | ({"error": row.error} if row.error else {})
+                told[row.row] = Done((row.key, json_cell([record])), row.error, row.detail)
+            return told
 
         return rows, answered, batch_size
 
@@ -150,11 +146,9 @@ class Recoverer:
         self.bank: Any = None
         self.interrogator: Any = None
         if options.mode == "nearest":
-            from git_model.datasets.neighbours import PromptBank
-            from git_model.models.phrases import TwoTowers
+            from git_model.tasks.bank import open_bank
 
-            self.bank = PromptBank(str(options.bank))
-            self.towers = TwoTowers(options.towers or self.bank.keys_of, place)
+            self.bank, self.towers = open_bank(str(options.bank), options.towers, place)
         elif options.mode != "caption":
             from git_model.datasets.kept import cache_folder
             from git_model.models.interrogator import Interrogator, read_lists

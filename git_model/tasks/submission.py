@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,10 @@ def write_submission(
     from git_model.datasets import vectors as files
     from git_model.datasets.files import refuse_overwriting
 
-    paths = {"vectors": vectors} if isinstance(vectors, str) else dict(vectors)
-    refuse_overwriting(out, *paths.values())
+    refuse_overwriting(out, *named(vectors).values())
     if Path(out).suffix != ".csv":
         raise UserError(f"out is '{out}'; a submission ends in .csv")
-    joined, used, _ = joined_of(vectors, weights)
+    joined, used = joined_of(read_all(vectors), weights)
     files.write_submission(Path(out), joined)
     return {"out": out, "images": len(joined.ids), "dim": joined.values.shape[1], "weights": used}
 
@@ -86,18 +86,19 @@ def evaluate_on_prompt_similarity(
     from git_model.datasets.files import refuse_overwriting, write_all
     from git_model.metrics.similarity import similarity
 
-    check_there(*([vectors] if isinstance(vectors, str) else vectors.values()))
+    given = named(vectors).values()
+    check_there(*given)
     for path in (truth, bank, baseline):
         if path is not None and not Path(path).exists():
             raise UserError(f"no file '{path}'")
     if outfile is not None:
-        given = [vectors] if isinstance(vectors, str) else vectors.values()
         refuse_overwriting(outfile, truth, bank, baseline, *given)
         Path(outfile).parent.mkdir(parents=True, exist_ok=True)
-    alone = weights is None and not isinstance(vectors, str) and len(vectors) > 1 and vectors.keys() != WEIGHTS.keys()
+    parts = read_all(vectors)
+    alone = weights is None and len(parts) > 1 and parts.keys() != WEIGHTS.keys()
     if alone and outfile is not None:
         raise UserError("outfile needs weights of these sources: it tells of their sum")
-    joined, used, parts = joined_of(vectors, dict.fromkeys(vectors, 1.0) if alone else weights)
+    joined, used = joined_of(parts, dict.fromkeys(parts, 1.0) if alone else weights)
     right = vectors_of(truth, text_encoder, device)
     others = vectors_of(bank, text_encoder, device).values if bank else None
     guess = vectors_of(baseline, text_encoder, device).values if baseline else None
@@ -156,7 +157,7 @@ def fit_weights(
         raise UserError(f"{train}: {len(unknown)} names that {truth} does not have, such as {unknown[0]}")
     inside = sorted(names)
     outside = sorted(known - set(inside))
-    sources = {name: read_vectors(Path(path)) for name, path in vectors.items()}
+    sources = read_all(vectors)
     columns = [source.of(inside, name).astype(np.float64).ravel() for name, source in sources.items()]
     wanted = unit(right.of(inside, truth)).ravel()
     if any(column.shape != wanted.shape for column in columns):
@@ -172,19 +173,27 @@ def fit_weights(
     return told
 
 
-def joined_of(
-    vectors: str | dict[str, str], weights: dict[str, float] | None
-) -> tuple[Vectors, dict[str, float], dict[str, Vectors]]:
-    """Return the weighted sum of files' vectors, joined by name, the weights, and the parts; raises UserError."""
-    from git_model.datasets.vectors import read_vectors, weighted
-
-    paths = {"vectors": vectors} if isinstance(vectors, str) else dict(vectors)
-    used = default_weights(paths) if weights is None else weights
-    parts = {name: read_vectors(Path(path)) for name, path in paths.items()}
-    return weighted(parts, used), used, parts
+def named(vectors: str | dict[str, str]) -> dict[str, str]:
+    """Return files of vectors by their sources' names."""
+    return {"vectors": vectors} if isinstance(vectors, str) else dict(vectors)
 
 
-def default_weights(sources: dict[str, str]) -> dict[str, float]:
+def read_all(vectors: str | dict[str, str]) -> dict[str, Vectors]:
+    """Return the vectors of each source; raises UserError."""
+    from git_model.datasets.vectors import read_vectors
+
+    return {name: read_vectors(Path(path)) for name, path in named(vectors).items()}
+
+
+def joined_of(parts: Mapping[str, Vectors], weights: dict[str, float] | None) -> tuple[Vectors, dict[str, float]]:
+    """Return the weighted sum of sources, joined by name, and the weights; raises UserError."""
+    from git_model.datasets.vectors import weighted
+
+    used = default_weights(parts) if weights is None else weights
+    return weighted(parts, used), used
+
+
+def default_weights(sources: Mapping[str, Any]) -> dict[str, float]:
     """Return 1 for a single source, the published weights for the three of those names; else raises UserError."""
     if len(sources) == 1:
         return dict.fromkeys(sources, 1.0)

@@ -156,7 +156,7 @@ def _answer_all(rows: AskRows, answer: Answer, done: Journal, size: int, workers
     left, total = done.left(), len(done.rows)
     quiet = rank_and_world()[0] > 0
     with tqdm(total=total, initial=total - len(left), unit="image", smoothing=0.1, disable=quiet) as bar:
-        for chunk in _chunks(rows, left, workers, size):
+        for chunk in chunks(rows, left, workers, size):
             try:
                 done.add(answer(chunk))
             except torch.OutOfMemoryError as error:
@@ -166,7 +166,7 @@ def _answer_all(rows: AskRows, answer: Answer, done: Journal, size: int, workers
     done.close()
 
 
-def _chunks(rows: Any, left: Sequence[int], workers: int, size: int) -> Iterator[list[AskRow]]:
+def chunks(rows: Any, left: Sequence[int], workers: int, size: int) -> Iterator[list[AskRow]]:
     """Yield the rows that are left, decoded by worker processes, some at a time."""
     from torch.utils.data import DataLoader
 
